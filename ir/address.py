@@ -1,0 +1,84 @@
+"""Where a thing is in a model, in words: ``value``, ``node/then/value`` in a body, ``domain::Function/value``.
+
+A body's part is the name of the node that holds it and the name of its attribute without ``_branch``; a body in a list of
+bodies (attribute type GRAPHS) also has its place in the list, ``node/branches.0/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
+    """Every graph with its prefix: the main graph (prefix ``""``), its bodies in node order, depth first, then functions.
+
+    Each graph comes before the bodies in it. Of two bodies with the same words (nodes may share a name) the later one is
+    ``node#2/then/``. The walk keeps its own stack, so the depth of nesting is bounded by memory only.
+    """
+    taken: set[str] = set()
+    yield from _nested("", model.graph, taken)
+    for function in model.functions.values():
+        yield from _nested(function_prefix(function), function.graph, taken)
+
+
+def function_prefix(function: ir.Function) -> str:
+    """``domain::Function/``, or ``domain::Function:overload/``."""
+    overload = f":{function.overload}" if function.overload else ""
+    return f"{function.domain}::{function.name}{overload}/"
+
+
+def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs that a node holds, in attribute order, each with its word: ``then``, ``else``, ``body``, ``branches.0``."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.name.removesuffix("_branch"), attribute.value
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            word = attribute.name.removesuffix("_branch")
+            yield from ((f"{word}.{place}", graph) for place, graph in enumerate(attribute.value))
+
+
+def addresses(model: ir.Model) -> dict[ir.Value | ir.Node, str]:
+    """The address of every node and of every value that a graph defines: inputs, initializers, outputs of nodes."""
+    found: dict[ir.Value | ir.Node, str] = {}
+    for prefix, graph in graphs(model):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            found[value] = prefix + (value.name or "")
+        for node in graph:
+            found[node] = prefix + (node.name or node.op_type)
+            for value in node.outputs:
+                found[value] = prefix + (value.name or "")
+    return found
+
+
+def printable(name: str) -> str:
+    """The name with everything that a terminal would act on, or not show, in backslash form; distinct names stay distinct."""
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
+
+
+def _nested(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+    stack = [iter([(prefix, graph)])]
+    while stack:
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+            continue
+        yield item
+        stack.append(_inside(*item, taken))
+
+
+def _inside(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+    for node in graph:
+        if not node.attributes:
+            continue
+        name = node.name or node.op_type
+        for word, body in bodies(node):
+            inner, count = f"{prefix}{name}/{word}/", 1
+            while inner in taken:
+                count += 1
+                inner = f"{prefix}{name}#{count}/{word}/"
+            taken.add(inner)
+            yield inner, body

@@ -1,0 +1,1 @@
+"""Clean-up passes: the same model, said with fewer words."""

@@ -1,0 +1,1 @@
+"""Pruning passes: weights that matter little become zero."""

@@ -1,0 +1,107 @@
+"""Which passes and named pipelines there are: the families in this folder, and those of third parties.
+
+Every module in a family's folder is imported when a pass is first looked up, so a new file there is all it takes.
+A third party names a module, or a pass class, under the entry-point group ``penjing.passes``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeVar, cast, dataclass_transform
+
+from ..ir.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from .base import Pass
+
+P = TypeVar("P", bound="type[Pass]")
+
+_PASSES: dict[str, type[Pass]] = {}
+_PIPELINES: dict[str, str] = {}
+
+
+@dataclass_transform(frozen_default=True)
+def register(name: str) -> Callable[[P], P]:
+    """Make a class a frozen dataclass, and let pipeline texts call it ``name`` (kebab-case).
+
+    Raises ``UsageError`` where the name is taken by another class, or the class has no docstring of its own.
+    """
+
+    def enter(cls: P) -> P:
+        known = _PASSES.get(name)
+        same = known is not None and (known.__module__, known.__qualname__) == (
+            cls.__module__,
+            cls.__qualname__,
+        )
+        if name in _PIPELINES or (known and not same):
+            raise UsageError(f"The pass name '{name}' is taken by {known or 'a named pipeline'}; choose another.")
+        if not cls.__dict__.get("__doc__"):
+            raise UsageError(f"The pass '{name}' has no docstring; it is the pass's manual page, so write one.")
+        cls.name = name
+        _PASSES[name] = dataclass(frozen=True)(cls)
+        return _PASSES[name]  # type: ignore[return-value]
+
+    return enter
+
+
+def register_pipeline(name: str, text: str) -> None:
+    """Let ``name`` stand for the steps of ``text`` in every pipeline text."""
+    _PIPELINES[name] = text
+
+
+def find(name: str) -> type[Pass]:
+    """The pass called ``name``; raises ``UsageError`` with the nearest name."""
+    if name not in _PASSES:
+        _import_families()
+    if name not in _PASSES:
+        _import_plugins()
+    if name not in _PASSES:
+        known = [*_PASSES, *_PIPELINES]
+        raise UsageError(f"There is no pass '{name}'.{nearest(name, known)} `penjing passes` lists them all.")
+    return _PASSES[name]
+
+
+def named_pipeline(name: str) -> str | None:
+    """The steps that ``name`` stands for, or ``None`` where it is no named pipeline."""
+    _import_families()
+    return _PIPELINES.get(name)
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every pass there is, by name, in alphabetical order."""
+    _import_families()
+    _import_plugins()
+    return dict(sorted(_PASSES.items()))
+
+
+def all_pipelines() -> dict[str, str]:
+    """Every named pipeline there is, with its steps, in alphabetical order."""
+    _import_families()
+    _import_plugins()
+    return dict(sorted(_PIPELINES.items()))
+
+
+@functools.cache
+def _import_families() -> None:
+    package = importlib.import_module(__package__)
+    for family in pkgutil.iter_modules(package.__path__, f"{__package__}."):
+        if family.ispkg:
+            for module in pkgutil.iter_modules(importlib.import_module(family.name).__path__, f"{family.name}."):
+                importlib.import_module(module.name)
+
+
+@functools.cache
+def _import_plugins() -> None:
+    for point in entry_points(group="penjing.passes"):
+        try:
+            loaded = point.load()
+        except Exception as error:
+            raise UsageError(f"The plug-in '{point.name}' ({point.value}) does not import: {error}") from error
+        if inspect.isclass(loaded) and loaded.__dict__.get("name") not in _PASSES:
+            register(point.name)(cast("type[Pass]", loaded))

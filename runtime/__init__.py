@@ -1,0 +1,1 @@
+"""Everything that runs a model: sessions, feeds, comparison, checks, measurement and reports."""
