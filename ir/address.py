@@ -1,7 +1,7 @@
 """Where a thing is in a model, in words: ``value``, ``node/then/value`` in a body, ``domain::Function/value``.
 
-A body's part is the name of the node that holds it and the name of its attribute without ``_branch``; a body in a list of
-bodies (attribute type GRAPHS) also has its place in the list, ``node/branches.0/``.
+A body's part is the name of the node that holds it and the name of its attribute without ``_branch``; a body in a
+list of bodies (attribute type GRAPHS) also has its place in the list, ``node/branches.0/``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 
 def graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
-    """Every graph with its prefix: the main graph (prefix ``""``), its bodies in node order, depth first, then functions.
+    """Every graph with its prefix: the main graph (``""``), its bodies in node order, depth first, then functions.
 
-    Each graph comes before the bodies in it. Of two bodies with the same words (nodes may share a name) the later one is
-    ``node#2/then/``. The walk keeps its own stack, so the depth of nesting is bounded by memory only.
+    Each graph comes before the bodies in it, and once. Of two bodies with the same words (nodes may share a name)
+    the later one is ``node#2/then/``. The walk keeps its own stack, so only memory bounds the depth of nesting.
     """
     taken: set[str] = set()
     yield from _nested("", model.graph, taken)
@@ -30,8 +30,8 @@ def function_prefix(function: ir.Function) -> str:
 
 
 def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
-    """The graphs that a node holds, in attribute order, each with its word: ``then``, ``else``, ``body``, ``branches.0``."""
-    for attribute in node.attributes.values():
+    """The graphs that a node holds, in attribute order, with their words: ``then``, ``else``, ``branches.0``."""
+    for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.name.removesuffix("_branch"), attribute.value
         elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
@@ -53,32 +53,38 @@ def addresses(model: ir.Model) -> dict[ir.Value | ir.Node, str]:
 
 
 def printable(name: str) -> str:
-    """The name with everything that a terminal would act on, or not show, in backslash form; distinct names stay distinct."""
+    """The name with all that a terminal would act on, or not show, in backslash form; distinct names stay distinct."""
     if name.isprintable() and "\\" not in name:
         return name
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
 
 
+def inner(prefix: str, node: ir.Node, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs that a node holds with their prefixes, given that of its own graph; ``taken`` keeps them apart."""
+    name = node.name or node.op_type
+    for word, body in bodies(node):
+        address, count = f"{prefix}{name}/{word}/", 1
+        while address in taken:
+            count += 1
+            address = f"{prefix}{name}#{count}/{word}/"
+        taken.add(address)
+        yield address, body
+
+
 def _nested(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+    seen: set[ir.Graph] = set()  # a graph held twice, or by itself, is invalid; here it must only end
     stack = [iter([(prefix, graph)])]
     while stack:
         item = next(stack[-1], None)
         if item is None:
             stack.pop()
-            continue
-        yield item
-        stack.append(_inside(*item, taken))
+        elif item[1] not in seen:
+            seen.add(item[1])
+            yield item
+            stack.append(_inside(*item, taken))
 
 
 def _inside(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
     for node in graph:
-        if not node.attributes:
-            continue
-        name = node.name or node.op_type
-        for word, body in bodies(node):
-            inner, count = f"{prefix}{name}/{word}/", 1
-            while inner in taken:
-                count += 1
-                inner = f"{prefix}{name}#{count}/{word}/"
-            taken.add(inner)
-            yield inner, body
+        if node.attributes.data:
+            yield from inner(prefix, node, taken)

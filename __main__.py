@@ -1,0 +1,5 @@
+"""``python -m penjing`` is ``penjing``."""
+
+from .cli import main
+
+main()

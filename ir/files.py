@@ -1,0 +1,303 @@
+"""Models from and to files: ``load`` refuses what it cannot trust or keep whole, ``save`` replaces or leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+
+from .address import graphs, printable
+from .atomic import Replacement, settle
+from .errors import BadFile, PenjingError
+from .external import DataFiles, MappedTensor
+from .intake import Intake, diagnosis
+from .layout import Layout, at, in_memory, plan, write_data, write_tensor
+from .tensors import standing_in, tensors
+from .versions import saved_ir_version
+
+LARGE = 3 << 29
+"""Bytes. 1.5 GiB: a model whose tensors take more is saved with a data file, well before protobuf's limit."""
+
+PROTOBUF_LIMIT = (1 << 31) - 1
+"""Bytes that a protobuf message may take."""
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX model (protobuf). Its external data stay in their files, mapped; nothing else is opened.
+
+    ``model.meta["penjing.path"]`` is the absolute path, ``model.meta["penjing.external"]`` whether there were external
+    data. Sparse constants become dense. Type and shape of values that the graph does not have are left behind.
+
+    Raises ``BadFile``, in a sentence: no such file, not ONNX, cut short, made for a newer onnx, broken or unsafe
+    external data, a tensor whose data do not fit its type and shape, or something that the IR cannot keep.
+    """
+    place, absolute = printable(os.fspath(path)), os.path.abspath(path)
+    proto = _parse(absolute, place)
+    files = DataFiles(os.path.dirname(absolute), place)
+    intake = Intake(place, files)
+    intake.admit(proto)
+    with _no_collection():
+        try:
+            model = ir.serde.deserialize_model(proto)
+        except Exception as error:  # whatever onnx_ir raises on a broken model
+            raise BadFile(place + diagnosis(proto, error)) from error
+    _complete(model, proto, intake)
+    model.meta["penjing.path"] = absolute
+    model.meta["penjing.external"] = bool(intake.external)
+    return model
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+    """Write a model so that ``path`` holds the old file or the whole new one, whatever happens on the way.
+
+    ``external``: whether tensors of 1 KiB or more go to a data file ``PATH.<12 hex>.data``; None: if the model came
+    with one, or they take more than 1.5 GiB. Tensors are computed, read and written one at a time. Data files of
+    ``path`` that the new model does not name are removed, and so is what a killed save left. Saving a model over the
+    file that it was loaded from is safe, and the model stays usable.
+
+    The model is not changed. Operator sets are kept; the IR version is kept between what the contents need and 13 (see
+    ``versions.saved_ir_version``). The same model gives the same bytes.
+
+    Raises ``BadFile``: the folder is missing or cannot be written, the disk is full, ``path`` is a folder, or the part
+    that must be inside the model passes protobuf's 2 GiB.
+    """
+    target = os.path.abspath(path)
+    with _writing(os.fspath(path)), Replacement(target) as replacement:
+        if os.path.isdir(target):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        layout = plan(model, external, LARGE)
+        store, location = None, ""
+        if layout.slots:
+            store = replacement.temporary()
+            with store:
+                location = f"{replacement.name}.{write_data(store, layout.slots)}.data"
+                settle(store)
+        file = replacement.temporary()
+        with file:
+            _compose(model, layout, location).write(file)
+            settle(file)
+        replacement.commit(file, store, location)
+
+
+def saved_bytes(model: ir.Model, path: str | os.PathLike[str] = "model.onnx") -> int:
+    """The bytes that ``save(model, path)`` would write, model and data file; lazy tensors are not computed.
+
+    With a data file its name, and so that of ``path``, counts once a tensor. Tensors in bodies and attributes of nodes,
+    which are mostly small, are serialized on the way.
+    """
+    layout = plan(model, None, LARGE)
+    location = f"{os.path.basename(os.fspath(path))}.{'0' * 12}.data"
+    return _compose(model, layout, location).size + layout.data_bytes
+
+
+def _parse(path: str, place: str) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        # NONBLOCK: opening a pipe must not wait.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb"):
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+                raise BadFile(f"{place} is {what}; expected an ONNX file")
+            if found.st_size == 0:
+                raise BadFile(f"{place} is empty; expected an ONNX file")
+            if found.st_size > PROTOBUF_LIMIT:
+                raise BadFile(
+                    f"{place} has {found.st_size} bytes; an ONNX file has at most {PROTOBUF_LIMIT}, and larger models "
+                    "keep their tensors in external data"
+                )
+            with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                start = bytes(view[:2])
+                proto.ParseFromString(view)
+    except FileNotFoundError:
+        raise BadFile(f"{place} does not exist") from None
+    except OSError as error:
+        raise BadFile(f"{place} cannot be read: {_reason(error)}") from None
+    except DecodeError as error:
+        raise BadFile(place + _undecodable(start, str(error))) from None
+    return proto
+
+
+def _undecodable(start: bytes, reason: str) -> str:
+    # A model starts with its IR version: the tag of field 1, then a small number.
+    if len(start) < 2 or start[0] != 8 or not 0 < start[1] < 32:
+        return " is not an ONNX file"
+    if "MaxDepth" in reason or "recursion" in reason.lower():
+        return " nests its graphs or types deeper than protobuf reads (100 messages)"
+    return " is damaged or cut short: its protobuf does not decode"
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Building a graph makes much and drops nothing: looking for garbage meanwhile would take a third of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _complete(model: ir.Model, proto: onnx.ModelProto, intake: Intake) -> None:
+    """What onnx_ir leaves out or would write twice."""
+    for function, kept in zip(proto.functions, model.functions.values(), strict=True):
+        described = {info.name: info for info in function.value_info}
+        for value in kept.inputs:
+            if value.name in described:
+                ir.serde.deserialize_value_info_proto(described[value.name], value)
+    if not intake.external and not intake.labelled:
+        return
+    for holder, tensor in tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            bytes_ = intake.external[os.fspath(tensor.location), tensor.offset or 0, tensor.nbytes]
+            holder.put(MappedTensor(tensor, intake.files.folder, bytes_))
+        elif isinstance(tensor, ir.TensorProtoTensor):
+            del tensor.raw.metadata_props[:]  # the tensor has its own copy, and both would be written
+
+
+@dataclass(frozen=True)
+class _Composition:
+    """A model file in parts: bytes, and tensors whose bytes come between them; ``size`` is the whole in bytes."""
+
+    parts: list[bytes | ir.TensorProtocol]
+
+    @property
+    def size(self) -> int:
+        return sum(len(part) if isinstance(part, bytes) else part.nbytes for part in self.parts)
+
+    def write(self, file: BinaryIO) -> None:
+        if self.size > PROTOBUF_LIMIT:
+            raise BadFile(_too_large(f"takes {self.size} bytes"))
+        for part in self.parts:
+            if isinstance(part, bytes):
+                file.write(part)
+            else:
+                write_tensor(file, part)
+
+
+def _compose(model: ir.Model, layout: Layout, location: str) -> _Composition:
+    """Serialize the model without its larger tensors, then put the main graph's back, to be written one by one.
+
+    Their place in the file is by the wire format: a field is a tag, a length and contents, in any order.
+    """
+    pairs = [(holder, at(location, slot.offset, holder, slot.tensor)) for holder, slot in layout.external]
+    pairs += [(holder, at("", 0, holder, tensor)) for holder, tensor in layout.streamed]
+    with standing_in([*pairs, *((holder, in_memory(tensor)) for holder, tensor in layout.returned)]):
+        proto = _skeleton(model)
+    streamed = {holder.owner.name: tensor for holder, tensor in layout.streamed}
+    initializers: list[bytes | ir.TensorProtocol] = []
+    for tensor in proto.graph.initializer:
+        contents = streamed.get(tensor.name)
+        if contents is None:
+            whole = tensor.SerializeToString(deterministic=True)
+            initializers.append(_head(_INITIALIZER, len(whole)) + whole)
+        else:
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+            start = tensor.SerializeToString(deterministic=True) + _head(_RAW_DATA, contents.nbytes)
+            initializers += [_head(_INITIALIZER, len(start) + contents.nbytes) + start, contents]
+    del proto.graph.initializer[:]
+    graph = proto.graph.SerializeToString(deterministic=True)
+    proto.ClearField("graph")
+    length = _Composition([graph, *initializers]).size
+    start = proto.SerializeToString(deterministic=True) + _head(_GRAPH, length) + graph
+    return _Composition([start, *initializers])
+
+
+_GRAPH, _INITIALIZER, _RAW_DATA = (
+    message.DESCRIPTOR.fields_by_name[name].number << 3 | 2
+    for message, name in (
+        (onnx.ModelProto, "graph"),
+        (onnx.GraphProto, "initializer"),
+        (onnx.TensorProto, "raw_data"),
+    )
+)
+"""Tags of length-delimited fields."""
+
+
+def _head(tag: int, length: int) -> bytes:
+    """A field's tag and the length of what follows, as base-128 varints."""
+    out = bytearray([tag])
+    while length > 127:
+        out.append(length & 127 | 128)
+        length >>= 7
+    out.append(length)
+    return bytes(out)
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    for prefix, graph in graphs(model):
+        for name, value in graph.initializers.items():
+            if value.const_value is None:
+                raise BadFile(f"initializer '{printable(prefix + name)}' has no value; give it one or make it an input")
+    for function in model.functions.values():
+        for name in function.graph.initializers:
+            raise BadFile(
+                f"function '{printable(function.name)}' holds the initializer '{printable(name)}', which ONNX does not "
+                "allow; use a Constant node"
+            )
+    try:
+        proto = ir.serde.serialize_model(model)
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, PenjingError | OSError):  # from a lazy tensor
+            raise cause from error
+        raise BadFile(f"the model cannot be serialized: {printable(str(cause))}") from error
+    proto.ir_version = saved_ir_version(model)
+    _drop_implied(proto.graph)
+    return proto
+
+
+def _drop_implied(graph: onnx.GraphProto) -> None:
+    """Take out the value_info of initializers, which onnx_ir writes first and which their tensors say already."""
+    implied = 0
+    for tensor, info in zip(graph.initializer, graph.value_info, strict=False):
+        if info.name != tensor.name or info.doc_string or info.metadata_props:
+            break
+        implied += 1
+    del graph.value_info[:implied]
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Turn what goes wrong into a sentence that names the file being saved."""
+    place = f"{printable(path)} cannot be written"
+    try:
+        yield
+    except OSError as error:
+        folder = os.path.dirname(os.path.abspath(path))
+        if error.errno == errno.ENOENT and not os.path.isdir(folder):
+            reason = f"there is no folder {printable(folder)}; make it first"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "the disk is full; what was there before is untouched"
+        else:
+            reason = _reason(error)
+        raise BadFile(f"{place}: {reason}") from error
+    except (BadFile, EncodeError) as error:
+        reason = str(error) if isinstance(error, BadFile) else _too_large("cannot be serialized")
+        raise BadFile(f"{place}: {reason}") from error
+
+
+def _too_large(found: str) -> str:
+    return (
+        f"the model without its external data {found}, past the {PROTOBUF_LIMIT} of protobuf; save it with external "
+        "data, and turn large constants in bodies into initializers of the main graph"
+    )
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,381 @@
+"""What a protobuf must be before an IR is built from it: one cheap walk that refuses in a sentence what is broken,
+and what the IR would drop in silence. Sparse constants become dense ones here, for the IR has none."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import onnx
+import onnx.defs
+import onnx.numpy_helper
+import onnx_ir as ir
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+
+from .address import printable
+from .errors import BadFile
+from .external import Bytes, DataFiles
+
+DENSE_LIMIT = 1 << 30
+"""Bytes that all sparse constants of a model may take once dense: a few bytes of file can ask for any amount."""
+
+MOST_DIMS = 32
+"""What every numpy takes."""
+
+_BITS = {kind.value: kind.bitwidth for kind in ir.DataType if kind not in (ir.DataType.UNDEFINED, ir.DataType.STRING)}
+_PARTS: dict[int, int] = {TensorProto.COMPLEX64: 2, TensorProto.COMPLEX128: 2}
+_FIELDS: dict[int, str] = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.COMPLEX64: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.COMPLEX128: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+}
+_PLAIN = frozenset(
+    {
+        AttributeProto.FLOAT,
+        AttributeProto.INT,
+        AttributeProto.STRING,
+        AttributeProto.FLOATS,
+        AttributeProto.INTS,
+        AttributeProto.STRINGS,
+        AttributeProto.TYPE_PROTO,
+        AttributeProto.TYPE_PROTOS,
+    }
+)
+T = TypeVar("T")
+_DIGITS = re.compile(r"[0-9]{1,19}")
+
+
+class Intake:
+    """The walk over one model. After ``admit``:
+
+    ``external`` holds the bytes of each external tensor, by (location, offset, length in bytes);
+    ``labelled`` says whether a tensor has metadata of its own.
+    """
+
+    def __init__(self, place: str, files: DataFiles) -> None:
+        self.place = place
+        self.files = files
+        self.external: dict[tuple[str, int, int], Bytes] = {}
+        self.labelled = False
+        self._dense = 0
+        self._ir_version = 0
+
+    def admit(self, proto: ModelProto) -> None:
+        """Refuse, or make ready for ``onnx_ir``: sparse constants dense, the domain ``ai.onnx`` by its short name.
+
+        Raises ``BadFile``.
+        """
+        self._model(proto)
+        waiting = [proto.graph]
+        for function in proto.functions:
+            waiting += self._function(function)
+        while waiting:  # not recursion: only memory bounds the depth
+            waiting += self._graph(waiting.pop())
+
+    def _refuse(self, sentence: str) -> NoReturn:
+        raise BadFile(f"{self.place}{sentence}")
+
+    def _model(self, proto: ModelProto) -> None:
+        if not proto.HasField("graph") or not proto.HasField("ir_version"):
+            missing = "IR version" if proto.HasField("graph") else "graph"
+            self._refuse(f" is not a whole ONNX model: it holds no {missing}; it may be cut short")
+        version, newest = proto.ir_version, int(onnx.IR_VERSION)
+        self._ir_version = version
+        if not 3 <= version <= newest:
+            age = "newer" if version > newest else "older"
+            self._refuse(
+                f" has IR version {version}, {age} than any that is understood (3 to {newest}, onnx {onnx.__version__})"
+            )
+        if proto.training_info:
+            self._refuse(
+                " holds training information (training_info), which would be lost; export it for inference, or "
+                "delete that field"
+            )
+        if not proto.opset_import:
+            self._refuse(" is not a whole ONNX model: it names no operator set (opset_import); it may be cut short")
+        self._opsets(proto.opset_import)
+        self._unique_keys(proto.metadata_props, "the model")
+        if proto.configuration and version < 11:
+            self._refuse(f" has device configurations, which need IR version 11; it has {version}")
+        names = [(function.domain, function.name, function.overload) for function in proto.functions]
+        if len(set(names)) < len(names):
+            self._refuse(f" defines the function '{printable('::'.join(_twice(names)[:2]))}' twice")
+
+    def _opsets(self, imports: Iterable[onnx.OperatorSetIdProto]) -> None:
+        found: dict[str, int] = {}
+        for entry in imports:
+            if entry.domain == "ai.onnx":  # the long name of the same domain; nodes are kept under the short one
+                entry.domain = ""
+            if found.setdefault(entry.domain, entry.version) != entry.version:
+                self._refuse(
+                    f" imports two versions of the operator set '{printable(entry.domain)}': "
+                    f"{found[entry.domain]} and {entry.version}"
+                )
+        newest = onnx.defs.onnx_opset_version()
+        if found.get("", 0) > newest:
+            self._refuse(
+                f" uses operator set {found['']}, newer than the {newest} of the installed onnx {onnx.__version__}; "
+                "upgrade onnx"
+            )
+
+    def _function(self, function: onnx.FunctionProto) -> list[GraphProto]:
+        where = f"function '{printable(function.name)}'"
+        self._opsets(function.opset_import)
+        self._unique_keys(function.metadata_props, where)
+        self._unique(function.input, "input", where)
+        self._unique([*function.attribute, *(a.name for a in function.attribute_proto)], "attribute", where)
+        inner: list[GraphProto] = []
+        for attribute in function.attribute_proto:
+            inner += self._attribute(attribute, where)
+        return inner + self._nodes(function.node)
+
+    def _graph(self, graph: GraphProto) -> list[GraphProto]:
+        where = f"graph '{printable(graph.name)}'"
+        if graph.sparse_initializer:
+            for sparse in graph.sparse_initializer:
+                self._fill(graph.initializer.add(), sparse, sparse.values.name)
+            del graph.sparse_initializer[:]
+        for tensor in graph.initializer:
+            self._tensor(tensor)
+        names = [tensor.name for tensor in graph.initializer]
+        if not all(names):
+            self._refuse(f": an initializer of {where} has no name, so nothing can use it; name or delete it")
+        self._unique(names, "initializer", where)
+        self._unique([value.name for value in graph.input], "input", where)
+        for value in (*graph.input, *graph.output):
+            if value.type.HasField("opaque_type"):
+                self._refuse(f": '{printable(value.name)}' of {where} has an opaque type, which would be lost")
+        self._unique_keys(graph.metadata_props, where)
+        if graph.quantization_annotation:
+            self._annotations(graph, where)
+        return self._nodes(graph.node)
+
+    def _annotations(self, graph: GraphProto, where: str) -> None:
+        names = [annotation.tensor_name for annotation in graph.quantization_annotation]
+        # onnx_ir itself writes an annotation twice where an input or initializer is also an output.
+        unlike = {annotation.SerializeToString(deterministic=True) for annotation in graph.quantization_annotation}
+        if len(unlike) > len(set(names)):
+            self._refuse(f": {where} has two unlike quantization annotations of one value")
+        known = {value.name for value in (*graph.input, *graph.initializer)}
+        known.update(name for node in graph.node for name in (*node.input, *node.output))
+        for name in names:
+            if name not in known:
+                self._refuse(f": {where} annotates '{printable(name)}' (quantization_annotation), which it lacks")
+
+    def _nodes(self, nodes: Sequence[NodeProto]) -> list[GraphProto]:
+        inner: list[GraphProto] = []
+        devices = self._ir_version >= 11
+        for node in nodes:
+            if not node.op_type:
+                empty = sum(not node.op_type for node in nodes)
+                self._refuse(f": {empty} of {len(nodes)} nodes have no operator type; the file is damaged")
+            if attributes := node.attribute:
+                if len(attributes) > 1:
+                    self._unique([attribute.name for attribute in attributes], "attribute", node)
+                for attribute in attributes:
+                    if attribute.type not in _PLAIN:
+                        inner += self._attribute(attribute, node)
+            if node.metadata_props:
+                self._unique_keys(node.metadata_props, node)
+            if node.device_configurations and not devices:
+                self._refuse(f": {_name(node)} has device configurations, which need IR version 11")
+        return inner
+
+    def _attribute(self, attribute: AttributeProto, owner: NodeProto | str) -> Sequence[GraphProto]:
+        kind = attribute.type
+        if attribute.ref_attr_name or kind in _PLAIN:
+            return ()
+        if kind == AttributeProto.TENSOR:
+            self._tensor(attribute.t)
+        elif kind == AttributeProto.TENSORS:
+            for tensor in attribute.tensors:
+                self._tensor(tensor)
+        elif kind == AttributeProto.GRAPH:
+            return (attribute.g,)
+        elif kind == AttributeProto.GRAPHS:
+            return tuple(attribute.graphs)
+        elif kind == AttributeProto.SPARSE_TENSOR and isinstance(owner, NodeProto) and owner.op_type == "Constant":
+            self._fill(attribute.t, attribute.sparse_tensor, attribute.sparse_tensor.values.name)
+            attribute.ClearField("sparse_tensor")
+            attribute.name, attribute.type = "value", AttributeProto.TENSOR
+        else:
+            kind_name = AttributeProto.AttributeType.Name(kind) if kind else "no"
+            self._refuse(
+                f": attribute '{printable(attribute.name)}' of {_name(owner)} has {kind_name} type, "
+                "which the IR cannot hold"
+            )
+        return ()
+
+    def _tensor(self, tensor: TensorProto) -> None:
+        if tensor.metadata_props:
+            self.labelled = True
+            self._unique_keys(tensor.metadata_props, f"tensor '{printable(tensor.name)}'")
+        count, size = self._extent(tensor.name, tensor.dims, tensor.data_type)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            self._external(tensor, size)
+            return
+        if tensor.HasField("segment"):
+            self._refuse(f": tensor '{printable(tensor.name)}' is one segment of several, which is not supported")
+        if tensor.HasField("raw_data") and tensor.data_type != TensorProto.STRING:
+            found, expected, unit = len(tensor.raw_data), size, "bytes"
+        else:
+            found, expected, unit = _stored(tensor, count, size)
+        if found != expected:
+            kind = TensorProto.DataType.Name(tensor.data_type)
+            self._refuse(
+                f": tensor '{printable(tensor.name)}', {kind}{list(tensor.dims)}, holds {found} {unit} where "
+                f"{expected} are expected; the file is damaged"
+            )
+
+    def _extent(self, name: str, dims: Sequence[int], kind: int) -> tuple[int, int]:
+        """Elements and bytes of a tensor: -> (count, size); the size of strings is 0."""
+        if kind not in _BITS and kind != TensorProto.STRING:
+            self._refuse(f": tensor '{printable(name)}' has data type {kind}, which onnx {onnx.__version__} lacks")
+        if len(dims) > MOST_DIMS:
+            self._refuse(f": tensor '{printable(name)}' has {len(dims)} dimensions; at most {MOST_DIMS} are supported")
+        bits = _BITS.get(kind, 8)
+        count = math.prod(dims)
+        span = count or math.prod(dim for dim in dims if dim)  # numpy bounds the shape of an empty array, too
+        if (dims and min(dims) < 0) or span * bits >= 1 << 66:  # 2^63 bytes
+            self._refuse(f": tensor '{printable(name)}' has the impossible shape {list(dims)}")
+        return count, 0 if kind == TensorProto.STRING else (count * bits + 7) // 8
+
+    def _external(self, tensor: TensorProto, size: int) -> None:
+        name = printable(tensor.name)
+        if tensor.data_type == TensorProto.STRING:
+            self._refuse(f": tensor '{name}' keeps strings in a data file, which ONNX does not allow")
+        keys = {entry.key: entry.value for entry in tensor.external_data}
+        for key in ("offset", "length"):
+            text = keys.get(key, "0")
+            if not _DIGITS.fullmatch(text) or int(text) >= 1 << 63:
+                self._refuse(
+                    f": tensor '{name}' has the {key} '{printable(text)}'; expected a count of bytes below 2^63"
+                )
+        length = int(keys.get("length", size))
+        if length != size:
+            kind = TensorProto.DataType.Name(tensor.data_type)
+            self._refuse(
+                f": tensor '{name}', {kind}{list(tensor.dims)}, takes {size} bytes, but its external data have "
+                f"the length {length}"
+            )
+        location, offset = keys.get("location", ""), int(keys.get("offset", "0"))
+        self.external[location, offset, size] = self.files.part(tensor.name, location, offset, size)
+
+    def _fill(self, dense: TensorProto, sparse: SparseTensorProto, name: str) -> None:
+        """Write ``sparse`` into ``dense``: values [nnz], indices int64 [nnz] (row-major) or [nnz, rank]."""
+        where = f"sparse tensor '{printable(name)}'"
+        values, indices, dims = sparse.values, sparse.indices, list(sparse.dims)
+        count, size = self._extent(name, dims, values.data_type)
+        self._dense += max(size, count)  # elements are unpacked to a byte at least on the way
+        if self._dense > DENSE_LIMIT:
+            self._refuse(f": {where} would take {size} bytes dense, past the limit of {DENSE_LIMIT} for all together")
+        if values.data_type == TensorProto.STRING or indices.data_type != TensorProto.INT64:
+            self._refuse(f": {where} must have numbers for values and int64 indices")
+        if TensorProto.EXTERNAL in (values.data_location, indices.data_location):
+            self._refuse(f": {where} keeps its data in a file, which is not supported; make it dense")
+        self._tensor(values)
+        self._tensor(indices)
+        given, index = onnx.numpy_helper.to_array(values), onnx.numpy_helper.to_array(indices)
+        if given.ndim != 1 or index.shape not in ((len(given),), (len(given), len(dims))):
+            self._refuse(
+                f": {where} has values {list(values.dims)} and indices {list(indices.dims)}; expected [n] and [n] or "
+                f"[n, {len(dims)}]"
+            )
+        columns = index.T if index.ndim == 2 else index[None]
+        limits = dims if index.ndim == 2 else [count]
+        if any(len(c) and (c.min() < 0 or c.max() >= limit) for c, limit in zip(columns, limits, strict=True)):
+            self._refuse(f": {where} has an index outside its shape {dims}")
+        linear = np.ravel_multi_index(tuple(columns), tuple(limits)) if index.size else np.zeros(len(given), np.int64)
+        if len(np.unique(linear)) < len(linear):
+            self._refuse(f": {where} gives the same element twice")
+        array = np.zeros(count, given.dtype)
+        array[linear] = given
+        dense.CopyFrom(onnx.numpy_helper.from_array(array.reshape(dims), name))
+
+    def _unique(self, names: Sequence[str], what: str, owner: NodeProto | str) -> None:
+        if len(set(names)) < len(names):
+            self._refuse(f": {_name(owner)} has the {what} '{printable(_twice(names))}' twice")
+
+    def _unique_keys(self, entries: Sequence[onnx.StringStringEntryProto], owner: NodeProto | str) -> None:
+        if len(entries) > 1:
+            self._unique([entry.key for entry in entries], "metadata key", owner)
+
+
+def diagnosis(proto: ModelProto, error: BaseException) -> str:
+    """Why onnx_ir could not represent the model, in words; walks the protobuf, so only after a failure."""
+    waiting = [proto.graph]
+    for function in proto.functions:
+        where = f"function '{printable(function.name)}'"
+        if found := _clash(function.input, function.node):
+            return f": in {where} {found}"
+        made = {*function.input, *(name for node in function.node for name in node.output)}
+        for name in function.output:
+            if name not in made:
+                return f": nothing in {where} makes its output '{printable(name)}'"
+        waiting += _inner(function.node)
+    while waiting:
+        graph = waiting.pop()
+        given = [entry.name for entry in (*graph.input, *graph.initializer)]
+        if found := _clash(given, graph.node):
+            return f": in graph '{printable(graph.name)}' {found}"
+        waiting += _inner(graph.node)
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    if "Map types" in reason:
+        reason = (
+            "it has a value of map type, which the IR cannot hold (for scikit-learn models: convert without ZipMap)"
+        )
+    return f" cannot be represented: {printable(reason)}"
+
+
+def _clash(given: Iterable[str], nodes: Iterable[NodeProto]) -> str:
+    makers = dict.fromkeys(given, "an input or initializer")
+    for node in nodes:
+        for name in filter(None, node.output):
+            if name in makers:
+                return f"two things make the value '{printable(name)}': {makers[name]} and {_name(node)}"
+            makers[name] = _name(node)
+    return ""
+
+
+def _inner(nodes: Iterable[NodeProto]) -> list[GraphProto]:
+    return [
+        graph
+        for node in nodes
+        for attribute in node.attribute
+        for graph in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ()))
+    ]
+
+
+def _stored(tensor: TensorProto, count: int, size: int) -> tuple[int, int, str]:
+    """Entries in the typed field of a tensor: -> (found, expected, unit). int4 and int2 are packed there."""
+    kind = tensor.data_type
+    if kind == TensorProto.STRING:
+        return len(tensor.string_data), count, "strings"
+    if kind in _FIELDS:
+        return len(getattr(tensor, _FIELDS[kind])), count * _PARTS.get(kind, 1), "entries"
+    return len(tensor.int32_data), size if _BITS[kind] in (2, 4) else count, "entries"
+
+
+def _name(owner: NodeProto | str) -> str:
+    if isinstance(owner, str):
+        return owner
+    return f"node '{printable(owner.name or ', '.join(owner.output))}' ({printable(owner.op_type)})"
+
+
+def _twice(names: Sequence[T]) -> T:
+    seen: set[T] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise AssertionError("the caller saw a repetition")

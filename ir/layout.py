@@ -1,0 +1,225 @@
+"""Where each tensor's bytes go when a model is saved, and writing them one tensor at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .address import printable
+from .errors import BadFile
+from .external import MappedTensor
+from .tensors import Holder, tensors
+
+INLINE_BELOW = 1 << 10
+"""Bytes. Smaller tensors stay in the model: ONNX Runtime wants shapes, axes and the like there."""
+
+PAGE, PAGED_FROM, STEP = 64 << 10, 1 << 20, 64
+"""Bytes. Tensors of ``PAGED_FROM`` or more start at a multiple of ``PAGE``, which every system can map; it costs them a
+sixteenth at most. Others start at a multiple of ``STEP``, a cache line, so that any element type is aligned."""
+
+PIECE = 128 << 10
+"""Bytes digested and written in one go: small enough to stay in the core's own cache between the two."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in the data file; ``offset`` in bytes."""
+
+    tensor: ir.TensorProtocol
+    offset: int
+
+
+@dataclass
+class Layout:
+    """What goes where; no tensor that is in none of these needs care: onnx_ir writes it into the model.
+
+    ``slots`` are the data file in order, ``external`` the holders whose tensors are there (several may share a slot),
+    ``streamed`` the main graph's initializers that are written into the model one by one, and ``returned`` those that
+    came from a data file and now go into the model.
+    """
+
+    slots: list[Slot] = field(default_factory=list)
+    external: list[tuple[Holder, Slot]] = field(default_factory=list)
+    streamed: list[tuple[Holder, ir.TensorProtocol]] = field(default_factory=list)
+    returned: list[tuple[Holder, ir.TensorProtocol]] = field(default_factory=list)
+
+    @property
+    def data_bytes(self) -> int:
+        """The data file's length; 0 if there is none."""
+        return self.slots[-1].offset + self.slots[-1].tensor.nbytes if self.slots else 0
+
+
+def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
+    """Lay out a model. ``external``: whether there is a data file; None: if the model came with one, or its tensors
+    take more than ``large`` bytes. Then it holds the initializers of ``INLINE_BELOW`` bytes or more; the tensors of
+    nodes stay in the model, unless they came from a data file or take more than ``large`` bytes together.
+    """
+    held = list(tensors(model))
+    if external is None:
+        came = bool(model.meta.get("penjing.external"))
+        came = came or any(isinstance(tensor, ir.ExternalTensor) for _, tensor in held)
+        external = came or sum(tensor.nbytes for _, tensor in held) > large
+    in_nodes = sum(tensor.nbytes for holder, tensor in held if holder.attribute)
+    layout = Layout()
+    slots: dict[object, Slot] = {}
+    for holder, tensor in held:
+        came = isinstance(tensor, ir.ExternalTensor)
+        small = tensor.nbytes < INLINE_BELOW or tensor.dtype == ir.DataType.STRING
+        if external and not small and (not holder.attribute or came or in_nodes > large):
+            key = _storage(tensor)
+            if key not in slots:
+                slots[key] = Slot(tensor, _start(layout.data_bytes, tensor.nbytes))
+                layout.slots.append(slots[key])
+            layout.external.append((holder, slots[key]))
+        elif not small and not holder.attribute and holder.graph is model.graph:
+            layout.streamed.append((holder, tensor))
+        elif came:
+            layout.returned.append((holder, tensor))
+    return layout
+
+
+def write_data(file: BinaryIO, slots: list[Slot]) -> str:
+    """Write a data file, a tensor at a time; -> 12 hex digits that stand for its contents."""
+    digested = _Digested(file)
+    for slot in slots:
+        digested.write(bytes(slot.offset - digested.tell()))
+        digested.flush()
+        write_tensor(digested, slot.tensor)
+        digested.flush()
+    return digested.hex()
+
+
+class Sink(Protocol):
+    """What tensors are written to."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+    def tell(self) -> int: ...
+
+
+def write_tensor(file: Sink, tensor: ir.TensorProtocol) -> None:
+    """Write a tensor's bytes as ONNX stores them: little endian, types under a byte packed.
+
+    A lazy one is computed here; one with its own ``tofile`` may write itself in parts. Raises ``BadFile`` if it is not
+    as large as it says.
+    """
+    start = file.tell()
+    if isinstance(tensor, ir.LazyTensor) and type(tensor).tofile is not ir.LazyTensor.tofile:
+        tensor.tofile(file)
+    else:
+        file.write(_bytes(tensor))
+    if file.tell() - start != tensor.nbytes:
+        raise BadFile(
+            f"tensor '{printable(tensor.name or '')}' gave {file.tell() - start} bytes where its type and shape, "
+            f"{tensor.dtype}{list(tensor.shape)}, take {tensor.nbytes}; what made it is wrong"
+        )
+
+
+def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+    """A tensor's bytes, without a copy where they lie in memory as ONNX wants them."""
+    if isinstance(tensor, MappedTensor):
+        return tensor.data.data
+    if isinstance(tensor, ir.TensorProtoTensor) or tensor.dtype.bitwidth < 8 or sys.byteorder == "big":
+        return memoryview(tensor.tobytes())
+    array = np.ascontiguousarray(tensor.numpy())
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.reshape(-1).view(np.uint8).data
+
+
+def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same tensor with its values in memory."""
+    return ir.Tensor(
+        np.array(tensor.numpy()),
+        dtype=tensor.dtype,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
+def at(location: str, offset: int, holder: Holder, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+    """A reference to the tensor's bytes in the file ``location``; nothing is read through it."""
+    name = tensor.name if holder.attribute else holder.owner.name
+    return ir.ExternalTensor(
+        location,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
+def _storage(tensor: ir.TensorProtocol) -> object:
+    """What two holders must agree in to share bytes: the same tensor, or the same part of a mapped file."""
+    if isinstance(tensor, MappedTensor):
+        return (tensor.data.ctypes.data, tensor.data.size)
+    return id(tensor)
+
+
+def _start(end: int, size: int) -> int:
+    step = PAGE if size >= PAGED_FROM else STEP
+    return -(-end // step) * step
+
+
+class _Digested:
+    """A file that digests what is written to it, to tell one data file from another.
+
+    SHA-1 or blake2b would take more time than writing. So each piece is a vector of 64-bit words, whose product with
+    fixed odd keys modulo 2^64 (multilinear hashing: Carter and Wegman, Universal classes of hash functions, 1979) goes
+    into blake2b. That guards against chance, not malice, and little hangs on it: equal names for unlike data would
+    matter only to a process killed between two renames. Pieces start anew at each ``flush``, not at each ``write``.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._written = 0
+        self._held = bytearray()
+        self._digest = hashlib.blake2b(digest_size=6)
+
+    def tell(self) -> int:
+        return self._written + len(self._held)
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        view = memoryview(data)
+        if self._held:
+            missing = PIECE - len(self._held)
+            self._held += view[:missing]
+            view = view[missing:]
+            if len(self._held) == PIECE:
+                self.flush()
+        whole = view.nbytes - view.nbytes % PIECE
+        for start in range(0, whole, PIECE):
+            self._piece(view[start : start + PIECE])
+        self._held += view[whole:]
+
+    def flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, bytearray()
+            self._piece(memoryview(held))
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
+    def _piece(self, piece: memoryview) -> None:
+        words = np.frombuffer(piece, np.uint64, piece.nbytes // 8)
+        product = int(np.dot(words, _keys()[: words.size]))
+        self._digest.update(product.to_bytes(8, "little") + piece.nbytes.to_bytes(8, "little"))
+        self._digest.update(piece[words.nbytes :])
+        self._file.write(piece)
+        self._written += piece.nbytes
+
+
+@functools.cache
+def _keys() -> npt.NDArray[np.uint64]:
+    return np.random.PCG64(0).random_raw(PIECE // 8) | np.uint64(1)

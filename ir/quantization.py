@@ -1,0 +1,72 @@
+"""Scales and zero points in the axes of the stored integers, whatever path leads from the storage to its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Quantization:
+    """A stored element q stands for (q - zero_point) * scale.
+
+    ``scale`` (float64) and ``zero_point`` (the stored type) have the rank of the stored tensor and size 1 along each
+    axis on which they do not depend. ``axis`` is the channel axis, or the blocked one where ``block`` > 0: then one
+    entry serves ``block`` elements of it. ``axis`` is None per tensor and for more than one axis.
+    """
+
+    scale: Array
+    zero_point: Array
+    axis: int | None = None
+    block: int = 0
+
+    def same(self, other: Quantization | None) -> bool:
+        """Whether both give every element the same value."""
+        return (
+            other is not None
+            and self.block == other.block
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point.astype(np.float64), other.zero_point.astype(np.float64))
+        )
+
+    def at(self, values: Array, shape: Sequence[int], start: int, stop: int) -> Array:
+        """``values`` (the scale or the zero point) for the flat elements [start, stop) of a tensor of this shape."""
+        if values.size == 1:
+            return values.reshape(())
+        flat, index, step, table_step = np.arange(start, stop), np.zeros(stop - start, np.int64), 1, 1
+        for axis in reversed(range(len(shape))):
+            if values.shape[axis] > 1:
+                position = flat // step % shape[axis]
+                index += (position // self.block if self.block and axis == self.axis else position) * table_step
+            step *= shape[axis]
+            table_step *= values.shape[axis]
+        return values.reshape(-1)[index]
+
+    def magnitudes(self, stored: Array, shape: Sequence[int], start: int) -> Array:
+        """|(q - zero point) * scale| as float64 for the stored flat elements from ``start`` on; exact."""
+        stop = start + stored.size
+        centred = stored.astype(np.float64) - self.at(self.zero_point, shape, start, stop).astype(np.float64)
+        return np.abs(centred * self.at(self.scale, shape, start, stop))
+
+
+def placed(values: Array, axes: Sequence[int | None], rank: int) -> Array | None:
+    """``values``, given along the axes of a view, as an array along the axes of the stored tensor of ``rank``.
+
+    ``axes`` holds for each axis of the view the stored axis it is; None where it is not one, which is only allowed
+    where ``values`` does not depend on it. Returns None otherwise.
+    """
+    used = [axis for axis, size in enumerate(values.shape) if size > 1]
+    stored = [axes[axis] for axis in used]
+    if any(axis is None for axis in stored):
+        return None
+    known = [axis for axis in stored if axis is not None]
+    shape = [1] * rank
+    for axis, place in zip(used, known, strict=True):
+        shape[place] = values.shape[axis]
+    squeezed = values.reshape([values.shape[axis] for axis in used])
+    return squeezed.transpose(np.argsort(known)).reshape(shape) if known else values.reshape(shape)

@@ -1,0 +1,330 @@
+"""Types and shapes that follow from the operators, by ``onnx.shape_inference``, written onto the values of a model.
+
+The inference gets a copy of the model's structure only, written straight in protobuf's wire format: values are
+numbered, every constant over 1 KiB is an input of its type and shape. So it costs no memory for weights and rebuilds
+nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import onnx
+import onnx_ir as ir
+
+from .constants import constant_tensor
+from .scopes import Scope, scopes, values
+
+Dims: TypeAlias = "tuple[int | str | None, ...]"
+_BIG = 1 << 10  # bytes; no operator reads its output's shape from more
+_CONTRADICTION = -1
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """What inference says of a value; ``dims`` is None where even the rank is unknown."""
+
+    type: ir.TypeProtocol
+    dims: Dims | None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What ``infer_shapes`` wrote (the address of each value that is better known now) and what it did not believe."""
+
+    improved: list[str] = field(default_factory=list)
+    conflicts: list[tuple[str, str]] = field(default_factory=list)  # address, sentence
+    failure: str | None = None
+
+
+def infer_shapes(model: ir.Model) -> Outcome:
+    """Write inferred types and shapes onto the values of the main graph and all bodies.
+
+    A known type or dimension is never replaced, only refined: a number takes the place of a name, a name that of
+    nothing. Values inside functions depend on the caller and stay as they are.
+    """
+    outcome = Outcome()
+    targets = [(scope, value) for scope in scopes(model) if scope.function is None for value in _outputs(scope.graph)]
+    if all(_is_known(value) for _, value in targets):
+        return outcome
+    try:
+        inferred = _infer(model, ())
+        pins = [value for _, value in targets if _is_better(value, inferred.get(value))]
+        if pins:  # what the file says and inference cannot see, so that it can go on from there
+            inferred = _infer(model, pins)
+    except Exception as error:
+        outcome.failure = str(error).strip().partition("\n")[0]
+        return outcome
+    for scope, value in targets:
+        found = inferred.get(value)
+        if found is not None:
+            _refine(value, found, scope, outcome)
+    return outcome
+
+
+def dims(value: ir.Value) -> Dims | None:
+    """The shape of a value: a number, a name or None for each dimension."""
+    return None if value.shape is None else tuple(map(_plain, value.shape))
+
+
+def static_dims(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a value whose every dimension is a known number; else None."""
+    shape = value.shape
+    if shape is None:
+        return None
+    sizes = tuple(shape)
+    return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
+
+
+def _plain(dim: int | ir.SymbolicDim) -> int | str | None:
+    """Some exporters write -1 for a dimension that they do not know."""
+    return dim.value if not isinstance(dim, int) else dim if dim >= 0 else None
+
+
+def _outputs(graph: ir.Graph) -> Iterator[ir.Value]:
+    return (value for node in graph for value in node.outputs if value.name != "")
+
+
+def _is_known(value: ir.Value) -> bool:
+    shape = value.shape
+    if shape is None or value.type is None:
+        return False
+    return all(_plain(dim) is not None for dim in shape)
+
+
+def _is_better(value: ir.Value, found: Inferred | None) -> bool:
+    if value.type is None:
+        return False
+    if found is None:
+        return True
+    known = dims(value)
+    if known is None or found.dims is None:
+        return known is not None
+    return len(known) == len(found.dims) and any(
+        isinstance(old, int) and not isinstance(new, int) for old, new in zip(known, found.dims, strict=True)
+    )
+
+
+def _refine(value: ir.Value, found: Inferred, scope: Scope, outcome: Outcome) -> None:
+    known = dims(value)
+    if known == found.dims and value.type == found.type:
+        return
+    if value.type is not None and value.type != found.type:
+        outcome.conflicts.append(
+            (scope.address(value), f"the file says its type is {value.type}, its operator makes {found.type}")
+        )
+        return
+    merged = _merged(known, found.dims)
+    if merged is not None and _CONTRADICTION in merged:
+        outcome.conflicts.append(
+            (scope.address(value), f"the file says its shape is {_text(known)}, its operator makes {_text(found.dims)}")
+        )
+        return
+    if value.type is not None and merged == known:
+        return
+    value.type = found.type
+    if merged is not None and merged != known:
+        value.shape = ir.Shape(merged)
+    outcome.improved.append(scope.address(value))
+
+
+def _merged(known: Dims | None, found: Dims | None) -> Dims | None:
+    """The better known of each dimension; ``_CONTRADICTION`` among them where the two cannot both be true."""
+    if known is None or found is None:
+        return known if found is None else found
+    if len(known) != len(found):
+        return (_CONTRADICTION,)
+    return tuple(map(_merge, known, found))
+
+
+def _merge(known: int | str | None, found: int | str | None) -> int | str | None:
+    if isinstance(known, int):
+        return known if not isinstance(found, int) or found == known else _CONTRADICTION
+    return found if isinstance(found, int) or known is None else known
+
+
+def _text(sizes: Dims | None) -> str:
+    return "?" if sizes is None else "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
+
+
+# Asking onnx --------------------------------------------------------------------------------------------------------
+
+
+def _infer(model: ir.Model, pins: Iterable[ir.Value]) -> dict[ir.Value, Inferred]:
+    from onnx.shape_inference import infer_shapes as infer
+
+    writer = _Writer(model)
+    answer: onnx.ModelProto = infer(writer.model(pins), data_prop=True)
+    return dict(_read(answer.graph, writer)) | writer.constants
+
+
+def _read(graph: onnx.GraphProto, writer: _Writer) -> Iterator[tuple[ir.Value, Inferred]]:
+    """Many values have the same type and shape, so each distinct one is read once."""
+    known: dict[bytes, Inferred | None] = {}
+    stack = [graph]
+    while stack:
+        graph = stack.pop()
+        for infos in (graph.value_info, graph.output):
+            for info in infos:
+                raw = info.type.SerializeToString()
+                if raw not in known:
+                    known[raw] = _inferred(info.type, writer.names)
+                found = known[raw]
+                value = writer.value(info.name)
+                if found is not None and value is not None:
+                    yield value, found
+        if writer.nested:
+            for node in graph.node:
+                for attribute in node.attribute:
+                    stack += [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def _inferred(proto: onnx.TypeProto, names: set[str]) -> Inferred | None:
+    found = ir.serde.deserialize_type_proto_for_type(proto)
+    if found is None:
+        return None
+    shape = ir.serde.deserialize_type_proto_for_shape(proto)
+    if shape is None:
+        return Inferred(found, None)
+    return Inferred(found, tuple(d if isinstance(d, int) or d in names else None for d in map(_plain, shape)))
+
+
+class _Writer:
+    """The structure of a model in protobuf's wire format (onnx.proto3): a value is named by its number."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.source = model
+        self.numbers: dict[ir.Value, int] = {}
+        self.listed: list[ir.Value] = []
+        self.names: set[str] = set()  # of dimensions; the inference makes up more
+        self.nested = False
+        self.constants: dict[ir.Value, Inferred] = {}  # outputs of Constant nodes
+        self.inputs: list[bytes] = []
+        self.initializers: list[bytes] = []
+        self.attributes: dict[object, bytes] = {}
+
+    def value(self, name: str) -> ir.Value | None:
+        return self.listed[int(name)] if name else None
+
+    def number(self, value: ir.Value | None) -> bytes:
+        if value is None or value.name == "":
+            return b""
+        found = self.numbers.get(value)
+        if found is None:
+            found = self.numbers[value] = len(self.listed)
+            self.listed.append(value)
+        return b"%d" % found
+
+    def model(self, pins: Iterable[ir.Value]) -> bytes:
+        model = self.source
+        self._note_names()
+        body = self.graph(model.graph, b"", [_chunk(13, self.info(value, True)) for value in pins])
+        graph = b"".join((body, *self.inputs, *self.initializers))
+        opsets = b"".join(
+            _chunk(8, _chunk(1, domain.encode()) + _varint(0x10) + _varint(version))
+            for domain, version in model.opset_imports.items()
+        )
+        functions = b"".join(
+            _chunk(25, ir.serde.serialize_function(function).SerializeToString())
+            for function in model.functions.values()
+        )
+        return b"\x08" + _varint(model.ir_version or 8) + _chunk(7, graph) + opsets + functions
+
+    def graph(self, graph: ir.Graph, name: bytes, more: Iterable[bytes] = ()) -> bytes:
+        parts = [_chunk(2, name or b"g")]
+        parts += [_chunk(11, self.info(value, True)) for value in graph.inputs]
+        for value in graph.initializers.values():
+            if not value.is_graph_input():
+                self.constant(value, value.const_value)
+        for node in graph:
+            if node.op_type == "Constant" and (tensor := constant_tensor(node.outputs[0])) is not None:
+                self.constant(node.outputs[0], tensor)
+                sizes = tuple(tensor.shape.numpy())
+                self.constants[node.outputs[0]] = Inferred(ir.TensorType(tensor.dtype), sizes)
+                continue
+            parts.append(_chunk(1, self.node(node)))
+        parts += [_chunk(12, self.info(value, False)) for value in graph.outputs]
+        return b"".join((*parts, *more))
+
+    def node(self, node: ir.Node) -> bytes:
+        number = self.number
+        parts = [_chunk(1, number(value)) for value in node.inputs]
+        parts += [_chunk(2, number(value)) for value in node.outputs]
+        parts.append(_chunk(4, node.op_type.encode()))
+        if node.domain:
+            parts.append(_chunk(7, node.domain.encode()))
+        if node.overload:
+            parts.append(_chunk(8, node.overload.encode()))
+        if node.attributes:
+            parts += [_chunk(5, self.attribute(attribute)) for attribute in node.attributes.values()]
+        return b"".join(parts)
+
+    def attribute(self, attribute: ir.Attr) -> bytes:
+        if attribute.type in _GRAPHS and not attribute.is_ref():
+            self.nested = True
+            name = _chunk(1, attribute.name.encode())
+            if attribute.type == ir.AttributeType.GRAPH:
+                return name + _chunk(6, self.graph(attribute.value, b"b")) + b"\xa0\x01\x05"
+            return name + b"".join(_chunk(11, self.graph(body, b"b")) for body in attribute.value) + b"\xa0\x01\x0a"
+        if attribute.type == ir.AttributeType.TENSOR:
+            return ir.serde.serialize_attribute(attribute).SerializeToString()
+        try:
+            key = (attribute.name, attribute.type, attribute.value, attribute.ref_attr_name)
+            known = self.attributes.get(key)
+            if known is None:
+                known = self.attributes[key] = ir.serde.serialize_attribute(attribute).SerializeToString()
+            return known
+        except TypeError:  # a value that does not hash
+            return ir.serde.serialize_attribute(attribute).SerializeToString()
+
+    def info(self, value: ir.Value, typed: bool) -> bytes:
+        """A ValueInfoProto."""
+        name = _chunk(1, self.number(value))
+        return name + _type(value.type, value.shape) if typed and value.type is not None else name
+
+    def constant(self, value: ir.Value, tensor: ir.TensorProtocol | None) -> None:
+        """Constants of all graphs become the main graph's, visible everywhere: a body's inputs are its own."""
+        name = self.number(value)
+        if tensor is None:
+            self.inputs.append(_chunk(11, self.info(value, True)))
+        elif tensor.nbytes > _BIG or tensor.dtype == ir.DataType.STRING:
+            sort = _type(ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy()))
+            self.inputs.append(_chunk(11, _chunk(1, name) + sort))
+        else:
+            sizes = b"".join(b"\x08" + _varint(size) for size in tensor.shape.numpy())
+            kind = b"\x10" + _varint(int(tensor.dtype))
+            data = _chunk(9, tensor.tobytes())
+            self.initializers.append(_chunk(5, sizes + kind + _chunk(8, name) + data))
+
+    def _note_names(self) -> None:
+        for scope in scopes(self.source):
+            for value in values(scope.graph):
+                if value.shape is not None:
+                    self.names.update(d.value for d in value.shape if not isinstance(d, int) and d.value)
+
+
+def _type(sort: ir.TypeProtocol, shape: ir.Shape | None) -> bytes:
+    proto = onnx.ValueInfoProto()
+    plain = None if shape is None else ir.Shape(map(_plain, shape))
+    ir.serde.serialize_value_into(proto, ir.Value(name="", type=sort, shape=plain))
+    return _chunk(2, bytes(proto.type.SerializeToString()))
+
+
+def _varint(number: int) -> bytes:
+    if number < 128:
+        return struct.pack("B", number)
+    parts = bytearray()
+    while number >= 128:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def _chunk(tag: int, content: bytes) -> bytes:
+    """A length-delimited field."""
+    return _varint(tag << 3 | 2) + _varint(len(content)) + content

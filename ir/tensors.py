@@ -1,0 +1,71 @@
+"""Every tensor of a model and the place that holds it: an initializer or a node's attribute, in any graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .address import graphs
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A place for one tensor: an initializer's value, or a node's attribute (``index``: in a list of tensors)."""
+
+    graph: ir.Graph
+    owner: ir.Value | ir.Node
+    attribute: str = ""
+    index: int = -1
+
+    def put(self, tensor: ir.TensorProtocol) -> None:
+        """Hold ``tensor`` from now on. An attribute is replaced by a new one of the same name, type and doc string."""
+        if isinstance(self.owner, ir.Value):
+            self.owner.const_value = tensor
+            return
+        old = self.owner.attributes[self.attribute]
+        held = tensor if self.index < 0 else [*old.value[: self.index], tensor, *old.value[self.index + 1 :]]
+        self.owner.attributes[self.attribute] = ir.Attr(old.name, old.type, held, doc_string=old.doc_string)
+
+    def restorer(self) -> Callable[[], None]:
+        """Puts back what is held now, the very same object."""
+        owner = self.owner
+        if isinstance(owner, ir.Value):
+            return functools.partial(setattr, owner, "const_value", owner.const_value)
+        return functools.partial(owner.attributes.__setitem__, self.attribute, owner.attributes[self.attribute])
+
+
+def tensors(model: ir.Model) -> Iterator[tuple[Holder, ir.TensorProtocol]]:
+    """In file order: a graph's initializers, then its nodes' attributes, then the bodies in it; functions last."""
+    for _, graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield Holder(graph, value), value.const_value
+        for node in graph:
+            if node.attributes.data:
+                yield from _held(graph, node)
+
+
+def _held(graph: ir.Graph, node: ir.Node) -> Iterator[tuple[Holder, ir.TensorProtocol]]:
+    for name, attribute in list(node.attributes.data.items()):
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+            yield Holder(graph, node, name), attribute.value
+        elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
+            yield from ((Holder(graph, node, name, index), held) for index, held in enumerate(attribute.value))
+
+
+@contextlib.contextmanager
+def standing_in(pairs: Iterable[tuple[Holder, ir.TensorProtocol]]) -> Iterator[None]:
+    """Let other tensors take the holders' places for the length of the block; the very same objects come back after."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for holder, tensor in pairs:
+            undo.append(holder.restorer())
+            holder.put(tensor)
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()

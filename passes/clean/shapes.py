@@ -1,0 +1,27 @@
+"""Types and shapes written onto values."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ...ir.shapes import infer_shapes
+from ..base import Context, Pass, register
+
+
+@register("infer-shapes")
+class InferShapes(Pass):
+    """Write down the types and shapes that follow from the operators, in the main graph and all bodies.
+
+    What the file says is refined, never replaced; where the two contradict each other, the file stands and the ledger
+    tells. Dimensions keep their names, and get no invented ones.
+    """
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """One run of ``onnx.shape_inference`` on the structure of the model, two where the file knows more."""
+        outcome = infer_shapes(model)
+        for address in outcome.improved:
+            ctx.change(address, "type or shape inferred")
+        for address, sentence in outcome.conflicts:
+            ctx.skip(address, sentence)
+        if outcome.failure:
+            ctx.skip("model", f"shape inference failed: {outcome.failure}")

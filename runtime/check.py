@@ -1,0 +1,196 @@
+"""Prove what passes did: run the model as it was and as it is, and hold each pass to its declared effect.
+
+Consecutive exact passes (SAME, ROUNDING) form a segment, judged against its own start; a breach is bisected to the
+first bad pass. Passes that lose precision are measured over the whole run and bounded by what the user asks.
+
+- SAME: bit-identical with the runtime's optimizations off, and within one ROUNDING bound at full optimization, since
+  the runtime may fuse a changed graph in another way.
+- ROUNDING, k passes: at full optimization within k times 1e-5·max|y| + 4·noise for each float output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ..ir.errors import BadFeeds, PenjingError
+from ..ir.verify import problems
+from ..passes.base import Context, Effect, Feeds, Outputs, Pass
+from ..passes.instruments import Instrument, Step
+from .compare import Comparison, Judge
+from .session import OrtRunner
+
+Mode = Literal["off", "end", "each"]
+
+
+@dataclass
+class Segment:
+    """Passes judged together: their texts, the strength, and what was found wrong (nothing, when they held)."""
+
+    passes: list[str]
+    effect: Effect
+    breaches: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"passes": self.passes, "effect": self.effect.value, "breaches": self.breaches}
+
+
+class Breach(PenjingError):
+    """A pass did not keep its effect. ``before`` is the model that it found, ``feeds`` show the difference."""
+
+    exit_code = 1
+
+    def __init__(self, pass_: str, reasons: list[str], before: ir.Model | None, feeds: Sequence[Outputs]) -> None:
+        self.pass_ = pass_
+        self.reasons = reasons
+        self.before = before
+        self.feeds = feeds
+        super().__init__(f"{pass_} broke its promise:\n" + "\n".join(f"  {reason}" for reason in reasons[:10]))
+
+
+class Checker(Instrument):
+    """Watches a pipeline and judges it on ``feeds``; raises ``Breach`` for the first pass that broke its promise.
+
+    ``each`` judges after every pass, ``end`` at the end of each segment; ``segments`` holds the verdicts.
+    """
+
+    def __init__(self, runner: OrtRunner, feeds: Feeds, ctx: Context, mode: Mode) -> None:
+        self.segments: list[Segment] = []
+        self._runner, self._feeds, self._ctx, self._mode = runner, feeds, ctx, mode
+        self._start: ir.Model | None = None
+        self._open: list[Pass] = []
+
+    def before(self, step: Step, model: ir.Model) -> None:
+        if self._mode == "off":
+            return
+        pass_ = step.pass_
+        alone = self._mode == "each" or changes_interface(pass_)
+        if alone or pass_.effect() is Effect.LOSSY:
+            self.finish(model)
+        if self._start is None and (alone or pass_.effect() is not Effect.LOSSY):
+            self._start = model.clone()
+
+    def after(self, step: Step, model: ir.Model) -> None:
+        if self._start is None:
+            return
+        self._open.append(step.pass_)
+        if self._mode == "each" or changes_interface(step.pass_):
+            self.finish(model)
+
+    def finish(self, model: ir.Model) -> None:
+        """Judge the open segment, if there is one, against ``model``."""
+        if self._start is None:
+            return
+        start, passes = self._start, self._open
+        self._start, self._open = None, []
+        reasons = judge_passes(passes, start, model, self._feeds, self._runner, self._ctx)
+        effect = max((pass_.effect() for pass_ in passes), key=list(Effect).index)
+        self.segments.append(Segment([str(pass_) for pass_ in passes], effect, reasons))
+        if reasons:
+            raise bisect(passes, start, self._feeds, self._runner, self._ctx) or Breach(
+                ",".join(map(str, passes)), reasons, start, list(self._feeds)
+            )
+
+
+def changes_interface(pass_: Pass) -> bool:
+    """Whether the pass brings its own reference, since its outputs are not those of the model it found."""
+    return type(pass_).reference is not Pass.reference
+
+
+def judge_passes(
+    passes: Sequence[Pass], before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRunner, ctx: Context
+) -> list[str]:
+    """Sentences for each way in which ``after`` is not what ``passes`` promise to make of ``before``; none if it is."""
+    if len(passes) == 1 and (expected := passes[0].reference(before, ctx)):
+        return _judge_reference(passes[0].effect(), expected, after, feeds, runner)
+    effects = [pass_.effect() for pass_ in passes]
+    if Effect.LOSSY in effects:
+        return _runs(after, feeds, runner)
+    rounding = effects.count(Effect.ROUNDING)
+    judge = judge_models(before, after, feeds, runner)
+    if isinstance(judge, str):
+        return [judge]
+    reasons = judge.breaches("rounding", max(rounding, 1))
+    if not rounding:
+        exact = Judge()
+        for old, new in zip(runner.run(before, feeds, level="off"), runner.run(after, feeds, level="off"), strict=True):
+            exact.add(old, old, new)
+        reasons = reasons or exact.breaches("same", 1)
+    return reasons
+
+
+def judge_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRunner) -> Judge | str:
+    """A judge that has seen both models on all feeds, or a sentence where ``after`` fails on a feed ``before`` took."""
+    judge = Judge()
+    expected = zip(runner.run(before, feeds), runner.run(before, feeds, level="off"), strict=True)
+    found = _guarded(runner.run(after, feeds))
+    for (old, plain), new in zip(expected, found, strict=True):
+        if isinstance(new, str):
+            return new
+        judge.add(old, plain, new)
+    return judge
+
+
+def compare_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRunner) -> Comparison | str:
+    """How far apart two models' outputs are at full optimization, or why ``after`` did not run."""
+    judge = judge_models(before, after, feeds, runner)
+    return judge if isinstance(judge, str) else judge.comparison
+
+
+def bisect(passes: Sequence[Pass], start: ir.Model, feeds: Feeds, runner: OrtRunner, ctx: Context) -> Breach | None:
+    """Run ``passes`` again one by one from ``start``; the first that breaks the model or its promise, with its evidence.
+
+    Passes are deterministic for a seed, so the second run does what the first did. ``None``: each alone holds.
+    """
+    model = start.clone()
+    for pass_ in passes:
+        before = model.clone()
+        try:
+            pass_.run(model, ctx.for_step(pass_.name))
+        except Exception as error:
+            return Breach(str(pass_), [f"it failed with {type(error).__name__}: {error}"], before, [])
+        if found := problems(model):
+            return Breach(str(pass_), found, before, [])
+        judged = (pass_, before, model, runner, ctx)
+        if reasons := _judge_one(*judged, feeds):
+            worst = next(([feed] for feed in feeds if _judge_one(*judged, [feed])), list(feeds))
+            return Breach(str(pass_), reasons, before, worst)
+    return None
+
+
+def _judge_one(
+    pass_: Pass, before: ir.Model, after: ir.Model, runner: OrtRunner, ctx: Context, feeds: Feeds
+) -> list[str]:
+    return judge_passes([pass_], before, after, feeds, runner, ctx)
+
+
+def _judge_reference(
+    effect: Effect, expected: Callable[[Feeds], Iterator[Outputs]], after: ir.Model, feeds: Feeds, runner: OrtRunner
+) -> list[str]:
+    judge, exact = Judge(), Judge()
+    runs = zip(expected(feeds), _guarded(runner.run(after, feeds)), _guarded(runner.run(after, feeds, level="off")))
+    for wanted, full, plain in runs:
+        if isinstance(full, str) or isinstance(plain, str):
+            return [found for found in (full, plain) if isinstance(found, str)]
+        judge.add(wanted, wanted, full)
+        exact.add(wanted, wanted, plain)
+    if effect is Effect.LOSSY:
+        return []
+    return judge.breaches("rounding", 1) or (exact.breaches("same", 1) if effect is Effect.SAME else [])
+
+
+def _runs(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
+    return [found for found in _guarded(runner.run(model, feeds)) if isinstance(found, str)][:1]
+
+
+def _guarded(runs: Iterable[Outputs]) -> Iterator[Outputs | str]:
+    """The outputs of each run; a run that fails yields a sentence instead, and is the last."""
+    try:
+        yield from runs
+    except BadFeeds:
+        raise
+    except Exception as error:
+        yield f"the model runs no more: {error}"

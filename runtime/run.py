@@ -1,0 +1,245 @@
+"""The main job: passes over a model, checked against the original, held to the user's bounds, and told in a report."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from ..ir.edit import become
+from ..ir.errors import InvalidModel, PenjingError, UsageError
+from ..ir.files import load
+from ..ir.summary import figures
+from ..passes.base import Array, Context, Feeds
+from ..passes.instruments import Instrument, Step
+from ..passes.pipeline import Pipeline, Steps
+from .check import Breach, Checker, Mode, bisect, changes_interface, compare_models
+from .compare import Comparison
+from .feeds import Feeds as FeedSet
+from .feeds import NoFeeds, load_function, random_feeds, read_feeds, read_labels
+from .progress import Progress
+from .report import CheckReport, MetricReport, PassReport, Report
+from .reproducer import write_reproducer
+from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
+
+Path_ = str | os.PathLike[str]
+
+
+class BoundExceeded(PenjingError):
+    """A check, bound or metric failed, or a warning under ``strict``; ``report`` tells all, the model is as it was."""
+
+    exit_code = 1
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        super().__init__(report.failure or "a bound was exceeded")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the user allows a run to lose. ``None`` bounds nothing.
+
+    ``max_drop``: loss of the metric, absolute. ``max_error``: max|Δ|/max|y| of each float output. ``min_sqnr``: signal
+    to quantization noise ratio of each float output, in dB.
+    """
+
+    max_drop: float | None = None
+    max_error: float | None = None
+    min_sqnr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (value >= 0 or name == "min_sqnr"):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a number of at least 0.")
+
+    @property
+    def on_outputs(self) -> bool:
+        return self.max_error is not None or self.min_sqnr is not None
+
+    def exceeded(self, comparison: Comparison | None, metric: MetricReport | None) -> str | None:
+        """The first bound that is broken, as a sentence."""
+        if comparison is not None and self.max_error is not None and not comparison.max_error <= self.max_error:
+            return f"The error max|Δ|/max|y| is {comparison.max_error:.3g}, over the bound of {self.max_error:g}."
+        if comparison is not None and self.min_sqnr is not None and not comparison.min_sqnr >= self.min_sqnr:
+            return f"The SQNR is {comparison.min_sqnr:.1f} dB, under the bound of {self.min_sqnr:g} dB."
+        if metric is not None and self.max_drop is not None and not metric.before - metric.after <= self.max_drop:
+            return (
+                f"The metric fell from {metric.before:.6g} to {metric.after:.6g}, by "
+                f"{metric.before - metric.after:.3g}, over the bound of {self.max_drop:g}."
+            )
+        return None
+
+
+def run(
+    model: ir.Model,
+    passes: Steps,
+    data: Any = None,
+    check_data: Any = None,
+    labels: Array | Path_ | None = None,
+    models: Mapping[str, ir.Model | Path_] | None = None,
+    metric: Callable[[Any], float] | str | None = None,
+    max_drop: float | None = None,
+    max_error: float | None = None,
+    min_sqnr: float | None = None,
+    check: Mode = "end",
+    strict: bool = False,
+    seed: int = 0,
+    *,
+    reproducer: Path_ | None = None,
+    instruments: Sequence[Instrument] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Run ``passes`` over ``model`` in place, prove the result, and report.
+
+    ``data`` and ``check_data`` are what ``--data`` takes, a mapping of arrays (first axis: samples) or a list of
+    mappings; ``labels`` int64 [samples]. Where a check, a bound or (under ``strict``) a warning fails, ``model`` stays
+    as it was, what fails alone is written into the folder ``reproducer`` if one is given, and ``BoundExceeded`` is
+    raised. Raises ``PenjingError`` of other kinds for bad input.
+    """
+    pipeline = Pipeline.of(passes)
+    bounds = Bounds(max_drop, max_error, min_sqnr)
+    if max_drop is not None and metric is None:
+        raise UsageError("--max-drop bounds the loss of a metric; give one with --metric FILE.py:FUNCTION.")
+    require_runnable(model, model.meta.get("penjing.path", "The model"))
+    progress = progress or Progress()
+    score = load_function(metric, "--metric") if isinstance(metric, str) else metric
+    given = read_feeds(data, model, labels=labels) if data is not None else None
+    checked = read_feeds(check_data, model) if check_data is not None else given
+    # One choice of packing for every session, since packing moves the last bits of a MatMul.
+    runner = OrtRunner(score, metric_name=_name(metric), prepack=tensor_bytes(model) <= LARGE)
+    ctx = Context(
+        seed=seed,
+        models={name: _model(partner) for name, partner in models.items()} if models else None,
+        data=given,
+        check_data=checked,
+        labels=read_labels(labels) if labels is not None else getattr(given, "labels", None),
+        metric=score,
+        runner=runner,
+    )
+    report = Report(model.meta.get("penjing.path"), str(pipeline), seed, figures(model), check=CheckReport(check))
+    prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress)
+    try:
+        work = prove.run(checked, instruments)
+        prove.judge(work, strict)
+    except Breach as breach:
+        report.failure = str(breach)
+        if reproducer is not None:
+            write_reproducer(reproducer, breach, report, vars(bounds), metric)
+            report.reproducer = os.fspath(reproducer)
+        raise BoundExceeded(report) from breach
+    become(model, work)
+    return report
+
+
+@dataclass
+class _Proof:
+    """One run on its way: the model as it was, what is to be done, and the report that fills up."""
+
+    model: ir.Model
+    pipeline: Pipeline
+    ctx: Context
+    runner: OrtRunner
+    bounds: Bounds
+    report: Report
+    progress: Progress
+    feeds: Feeds | None = None
+
+    def run(self, checked: FeedSet | None, instruments: Sequence[Instrument]) -> ir.Model:
+        """The passes over a copy of the model, checked on the way; raises ``Breach``."""
+        self.feeds = self._choose_feeds(checked)
+        if self.runner.metric is not None:
+            self.progress.say("the metric before")
+            score = self.runner.score(self.model)
+            self.report.metric = MetricReport(self.runner.metric_name, score, score, self.bounds.max_drop)
+        work = self.model.clone()
+        check = self.report.check
+        checker = Checker(self.runner, self.feeds or (), self.ctx, check.mode if self.feeds is not None else "off")
+        recorder = _Recorder()
+        try:
+            self.pipeline.run(work, self.ctx, [self.progress, recorder, *instruments, checker])
+            self.progress.say("checking")
+            checker.finish(work)
+        except Exception as error:
+            if isinstance(error, PenjingError) and not isinstance(error, InvalidModel):
+                raise
+            passes = [step.pass_ for step in recorder.steps]
+            breach = bisect(passes, self.model, [], self.runner, self.ctx)
+            raise breach or Breach(str(passes[-1]), [str(error)], self.model, []) from error
+        finally:
+            self.report.passes = [PassReport.of(step) for step in recorder.steps]
+            check.segments = [segment.as_json() for segment in checker.segments]
+        return work
+
+    def judge(self, work: ir.Model, strict: bool) -> None:
+        """Measure the result against the original, and hold it to the bounds; raises ``Breach``."""
+        report, bounds = self.report, self.bounds
+        report.output = figures(work)
+        if self.feeds is not None and not any(changes_interface(pass_) for pass_, _ in self.pipeline.steps()):
+            self.progress.say("comparing with the original")
+            found = compare_models(self.model, work, self.feeds, self.runner)
+            if isinstance(found, str):
+                passes = [pass_ for pass_, _ in self.pipeline.steps()]
+                raise bisect(passes, self.model, self.feeds, self.runner, self.ctx) or self._breach(found)
+            report.check.comparison = found
+        if report.metric is not None:
+            self.progress.say("the metric after")
+            report.metric.after = self.runner.score(work)
+        if exceeded := bounds.exceeded(report.check.comparison, report.metric):
+            raise self._breach(exceeded)
+        report.warnings += unchanged(report.passes)
+        if strict and report.warnings:
+            raise self._breach(f"Under --strict a warning is an error: {report.warnings[0]}")
+
+    def _breach(self, reason: str) -> Breach:
+        return Breach(str(self.pipeline), [reason], self.model, self.feeds or ())
+
+    def _choose_feeds(self, checked: FeedSet | None) -> Feeds | None:
+        """What the check runs on: what was given, else random feeds; ``None`` where there is no check, or it cannot be."""
+        check, wanted = self.report.check, self.report.check.mode != "off" or self.bounds.on_outputs
+        if not wanted:
+            return None
+        try:
+            feeds = checked or random_feeds(self.model, self.ctx.seed)
+        except NoFeeds as error:
+            if self.bounds.on_outputs:
+                raise UsageError(f"A bound on the outputs needs feeds, and random ones do not do: {error}") from error
+            check.not_run = str(error)
+            self.report.warnings.append(f"check: not run ({error})")
+            return None
+        check.feeds, check.random = feeds.describe(), feeds.random
+        return feeds
+
+
+class _Recorder(Instrument):
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def before(self, step: Step, model: ir.Model) -> None:
+        self.steps.append(step)
+
+
+def unchanged(passes: Sequence[PassReport]) -> list[str]:
+    """A warning for each pass, or named pipeline as a whole, that changed nothing; it names what was skipped and why."""
+    warnings = []
+    for group, members in itertools.groupby(passes, key=lambda report: report.group or id(report)):
+        reports = list(members)
+        if any(report.ledger.changes for report in reports):
+            continue
+        reasons = Counter(skip.reason for report in reports for skip in report.ledger.skips)
+        why = "; ".join(f"{count} skipped: {reason}" for reason, count in reasons.most_common(5))
+        name = group if isinstance(group, str) else reports[0].text
+        warnings.append(f"{name} changed nothing ({why or 'it found nothing to do'}).")
+    return warnings
+
+
+def _name(metric: Any) -> str | None:
+    return metric if isinstance(metric, str) else None
+
+
+def _model(partner: ir.Model | Path_) -> ir.Model:
+    return partner if isinstance(partner, ir.Model) else load(partner)

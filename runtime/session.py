@@ -1,0 +1,413 @@
+"""The one place that knows ONNX Runtime: its options, what the installed version takes, and the passes' runner."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..ir.address import graphs
+from ..ir.errors import BadFile, PenjingError, UsageError, nearest
+from ..passes.base import Array, Feeds, Outputs
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+Level = Literal["off", "basic", "extended", "all"]
+Metric = Callable[["InferenceSession"], float]
+
+LARGE = 256 * 2**20  # bytes of weights above which a model is memory-mapped, not copied into a session
+TRIAL_BYTES = 2**30  # activations that a trial run may take
+_LEVELS = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_PROBED_FROM = (17, 8)  # opset and IR version that every supported ONNX Runtime takes
+# Element types that ONNX Runtime's Python interface cannot hand over as a numpy array of the right dtype.
+_UNREADABLE = "BFLOAT16 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ INT4 UINT4 INT2 UINT2"
+_TENSOR_TYPES = {f"tensor({name.lower()})": ir.DataType[name] for name in _UNREADABLE.split()}
+
+
+class DoesNotRun(PenjingError):
+    """ONNX Runtime refuses a model, or fails to run it; the message is its reason in one sentence."""
+
+
+@functools.cache
+def _ort() -> Any:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)  # its errors reach us as exceptions; the log would say them twice
+    return onnxruntime
+
+
+def version() -> str:
+    """The version of the installed ONNX Runtime."""
+    return str(_ort().__version__)
+
+
+@functools.cache
+def limits() -> tuple[int, int]:
+    """The newest (opset, IR version) that the installed ONNX Runtime takes, found by trying."""
+    opset, ir_version = _PROBED_FROM
+    newest_opset = next(n for n in itertools.count(opset) if n > 200 or not _takes(n + 1, ir_version))
+    newest_ir = next(n for n in itertools.count(ir_version) if n > 200 or not _takes(opset, n + 1))
+    return newest_opset, newest_ir
+
+
+def why_not_runnable(model: ir.Model) -> str | None:
+    """The reason, as a clause, why the installed ONNX Runtime does not take ``model``, or ``None`` where it does."""
+    if reason := _too_new(model):
+        return reason
+    try:
+        open_session(model)
+    except DoesNotRun as error:
+        return str(error)
+    return None
+
+
+def require_runnable(model: ir.Model, place: str) -> None:
+    """Raise ``BadFile``, which names ``place``, where the installed ONNX Runtime does not take ``model``."""
+    if reason := why_not_runnable(model):
+        raise BadFile(f"{place} does not run here: {reason}")
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of ``model``, once decoded from its file: initializers, bodies and Constant nodes."""
+    return sum(tensor.nbytes for tensor in _tensors(model))
+
+
+def open_session(
+    model: ir.Model | str | os.PathLike[str],
+    *,
+    level: str = "all",
+    threads: int = 1,
+    prepack: bool | None = None,
+    bounded: bool = False,
+) -> InferenceSession:
+    """A session on the CPU that logs nothing.
+
+    ``prepack=None`` packs the weights of a model up to ``LARGE`` bytes (and of any file given by its path), and maps
+    those of a larger one without a copy. Packing changes the last bits of a MatMul: two sessions that are compared
+    need the same choice. ``bounded`` makes a run fail that wants more than ``TRIAL_BYTES`` for activations.
+
+    Raises ``DoesNotRun`` with ONNX Runtime's reason, ``UsageError`` for an unknown level.
+    """
+    if isinstance(model, ir.Model):
+        if reason := _too_new(model):
+            raise DoesNotRun(reason)
+        size = tensor_bytes(model)
+        options = _options(level, threads, size <= LARGE if prepack is None else prepack, bounded)
+        return _open_model(model, size, options)
+    return _open(os.fspath(model), _options(level, threads, prepack is not False, bounded))
+
+
+def run_feed(
+    session: InferenceSession, feed: Mapping[str, Any], outputs: Sequence[str] | None = None, options: Any = None
+) -> dict[str, Any]:
+    """The outputs of one run, by name: arrays, lists (sequences), dicts (maps) and ``None`` (empty optionals).
+
+    Types that numpy lacks come as ``ml_dtypes``. Raises ``DoesNotRun`` with ONNX Runtime's reason.
+    """
+    types = {output.name: output.type for output in session.get_outputs()}
+    names = list(types) if outputs is None else list(outputs)
+    unreadable = [name for name in names if types.get(name) in _TENSOR_TYPES]
+    plain = [name for name in names if name not in unreadable]
+    options = options or _run_options()
+    try:
+        given = {name: _ort_input(value) for name, value in feed.items()}
+        found = dict(zip(plain, session.run(plain, given, options), strict=True)) if plain else {}
+        if unreadable:
+            values = {name: _ort_value(value) for name, value in given.items()}
+            raw = session.run_with_ort_values(unreadable, values, options)
+            found |= {name: _array(value) for name, value in zip(unreadable, raw, strict=True)}
+    except Exception as error:
+        raise DoesNotRun(_reason(error)) from error
+    return {name: found[name] for name in names}
+
+
+def bounded_run(model: ir.Model, *, seconds: float) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function that runs one feed, within ``seconds`` for all its calls together and ``TRIAL_BYTES`` of activations.
+
+    Raises ``DoesNotRun``; so does each call whose run fails, is cut short by the clock, or wants too much memory.
+    """
+    session = open_session(model, bounded=True)
+    deadline = time.monotonic() + seconds
+
+    def run(feed: Mapping[str, Any]) -> dict[str, Any]:
+        options = _run_options(shrink=True)
+        clock = threading.Timer(max(0.0, deadline - time.monotonic()), setattr, (options, "terminate", True))
+        clock.daemon = True
+        clock.start()
+        try:
+            return run_feed(session, feed, options=options)
+        except DoesNotRun as error:
+            _release_arena()
+            if time.monotonic() >= deadline:
+                raise DoesNotRun(f"it does not end within {seconds:g} s.") from error
+            raise
+        finally:
+            clock.cancel()
+
+    return run
+
+
+class OrtRunner:
+    """Runs models with ONNX Runtime, on one thread by default: the ``Runner`` of ``passes.base``.
+
+    ``metric`` maps a session to a float, higher is better; ``metric_name`` is what messages call it.
+    ``prepack`` as in ``open_session``, but the first model decides for all, since their outputs will be compared.
+    """
+
+    def __init__(
+        self,
+        metric: Metric | None = None,
+        *,
+        metric_name: str | None = None,
+        threads: int = 1,
+        prepack: bool | None = None,
+    ) -> None:
+        self.metric = metric
+        self.metric_name = metric_name or getattr(metric, "__name__", "metric")
+        self.threads = threads
+        self.prepack = prepack
+
+    def session(self, model: ir.Model, level: str = "all") -> InferenceSession:
+        """A session with this runner's threads and packing."""
+        if self.prepack is None:
+            self.prepack = tensor_bytes(model) <= LARGE
+        return open_session(model, level=level, threads=self.threads, prepack=self.prepack)
+
+    def run(
+        self, model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None, level: str = "all"
+    ) -> Iterator[Outputs]:
+        """The outputs of each feed, as they are computed; ``outputs`` may name any values of the main graph.
+
+        Raises ``DoesNotRun``, or ``UsageError`` for a name that the main graph lacks.
+        """
+        session = self.session(model if outputs is None else _with_outputs(model, outputs), level)
+        return (run_feed(session, feed, outputs) for feed in feeds)
+
+    def score(self, model: ir.Model) -> float:
+        """The metric of ``model``. Raises ``UsageError`` where it raises or returns anything but a finite number."""
+        if self.metric is None:
+            raise UsageError("No metric was given; name one with --metric FILE.py:FUNCTION.")
+        session = self.session(model)
+        try:
+            found = self.metric(session)
+        except Exception as error:
+            raise UsageError(f"The metric {self.metric_name} raised {type(error).__name__}: {error}") from error
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(found, str) or not math.isfinite(number):
+            raise UsageError(f"The metric {self.metric_name} returned {found!r}; it must return a finite number.")
+        return number
+
+    def time(self, models: Sequence[ir.Model], feeds: Feeds) -> list[float]:
+        """Median seconds a run of each model, interleaved; CPU seconds where this runner has one thread."""
+        from .measure import median_seconds
+
+        sessions = [open_session(model, threads=self.threads, prepack=True) for model in models]
+        return median_seconds(sessions, feeds, threads=self.threads)
+
+
+def _takes(opset: int, ir_version: int) -> bool:
+    try:
+        _open(_identity(opset, ir_version), _options("off", 1, False, False))
+    except DoesNotRun:
+        return False
+    return True
+
+
+def _identity(opset: int, ir_version: int) -> bytes:
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    model.ir_version = ir_version
+    return bytes(model.SerializeToString())
+
+
+def _too_new(model: ir.Model) -> str | None:
+    opset, ir_version = limits()
+    stamps = [model.opset_imports, *(function.opset_imports for function in model.functions.values())]
+    found = max(stamp.get("", 0) for stamp in stamps)
+    takes, remedy = f"newer than ONNX Runtime {version()} takes", "or install a newer onnxruntime."
+    if found > opset:
+        return f"opset {found} is {takes} ({opset}); export the model at opset {opset}, {remedy}"
+    if model.ir_version > ir_version:
+        return f"IR version {model.ir_version} is {takes} ({ir_version}); save the model with that one, {remedy}"
+    return None
+
+
+def _options(level: str, threads: int, prepack: bool, bounded: bool) -> Any:
+    if level not in _LEVELS:
+        known = ", ".join(_LEVELS)
+        raise UsageError(f"There is no optimization level '{level}'; the levels are {known}.{nearest(level, _LEVELS)}")
+    ort = _ort()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if bounded:
+        _bound_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@functools.cache
+def _bound_arena() -> None:
+    ort = _ort()
+    where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    exactly = 1  # arena_extend_strategy: grow by what is asked for, not to the next power of two
+    arena = ort.OrtArenaCfg({"max_mem": TRIAL_BYTES, "arena_extend_strategy": exactly})
+    ort.create_and_register_allocator(where, arena)
+
+
+def _release_arena() -> None:
+    """Give back what a failed run left in the bounded arena: only a run that ends well shrinks it."""
+    session = _open(_identity(*_PROBED_FROM), _options("off", 1, False, bounded=True))
+    run_feed(session, {"x": np.zeros(1, np.float32)}, options=_run_options(shrink=True))
+
+
+def _run_options(shrink: bool = False) -> Any:
+    options = _ort().RunOptions()
+    options.log_severity_level = 4
+    if shrink:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
+def _open(source: str | bytes, options: Any) -> InferenceSession:
+    try:
+        session = _ort().InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise DoesNotRun(_reason(error)) from error
+    return cast("InferenceSession", session)
+
+
+def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
+    """From memory where the weights are few; else mapped, from the file they are in or from a temporary one."""
+    if size <= LARGE:
+        return _open(_inline(model).SerializeToString(), options)
+    if (folder := _only_folder(model)) is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, folder)
+        return _open(ir.serde.serialize_model(model).SerializeToString(), options)
+    from ..ir.files import save
+
+    scratch = tempfile.mkdtemp(prefix="penjing-")
+    try:
+        save(model, Path(scratch, "model.onnx"))
+        session = _open(os.path.join(scratch, "model.onnx"), options)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    weakref.finalize(session, shutil.rmtree, scratch, ignore_errors=True)
+    return session
+
+
+def _inline(model: ir.Model) -> onnx.ModelProto:
+    """The model as protobuf with every weight in it."""
+    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
+        model = model.clone()
+        for _, graph in graphs(model):
+            for value in graph.initializers.values():
+                if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                    value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
+    return ir.serde.serialize_model(model)
+
+
+def _only_folder(model: ir.Model) -> str | None:
+    """The folder of all external weights, where there is one only and little else is to be written."""
+    inline, folders = 0, []
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            folders.append(os.path.abspath(tensor.base_dir))
+        else:
+            inline += tensor.nbytes
+    return folders[0] if len(set(folders)) == 1 and inline <= LARGE else None
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for _, graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield attribute.as_tensor()
+
+
+def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    model = model.clone()
+    graph = model.graph
+    known = {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
+    known |= {value.name: value for node in graph for value in node.outputs if value.name}
+    for name in names:
+        if name not in known:
+            hint = nearest(name, [found for found in known if found])
+            raise UsageError(f"The main graph has no value '{name}' to fetch.{hint}")
+        if known[name] not in graph.outputs:
+            graph.outputs.append(known[name])
+    return model
+
+
+def _ort_input(value: Any) -> Any:
+    """ONNX Runtime takes numpy's own dtypes; bfloat16 and float8 go in as their bits."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "V" or value.dtype.itemsize > 2:
+        return value
+    dtype = ir.DataType.from_numpy(value.dtype)
+    bits = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+    return _ort().OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype.value)
+
+
+def _ort_value(value: Any) -> Any:
+    return _ort().OrtValue.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _array(value: Any) -> Array:
+    """The array of an ``OrtValue`` whose element type numpy lacks, from its memory."""
+    dtype, shape = _TENSOR_TYPES[value.data_type()], value.shape()
+    shape = [shape] if isinstance(shape, int) else shape
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    proto = onnx.TensorProto(data_type=dtype.value, dims=shape, raw_data=raw)
+    return ir.serde.deserialize_tensor(proto).numpy()
+
+
+def _reason(error: Exception) -> str:
+    """ONNX Runtime's message without its codes, C++ places and assertions."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+    text = re.sub(r"^Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: ", _at, text)
+    text = re.sub(r"/\S+\.(?:h|hpp|cc|cpp):\d+ .*?\)>? (?:.*? was false\. (?=\S))?", "", text)
+    text = re.sub(r"^(?:This is an invalid model\. |Load model from .*? failed:|Fatal error: )+", "", text)
+    text = re.sub(r"^In Node, .* Error (?=\S)", "", text)
+    text = text.replace(" node with name ''", "").strip().rstrip(".")
+    return f"{text}." if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _at(found: re.Match[str]) -> str:
+    operator, name = found.groups()
+    return f"{operator} node '{name}': " if name else f"a node {operator}: "
