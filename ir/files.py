@@ -105,21 +105,13 @@ def _parse(path: str, place: str) -> onnx.ModelProto:
     try:
         # NONBLOCK: opening a pipe must not wait.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb"):
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-                raise BadFile(f"{place} is {what}; expected an ONNX file")
-            if found.st_size == 0:
-                raise BadFile(f"{place} is empty; expected an ONNX file")
-            if found.st_size > PROTOBUF_LIMIT:
-                raise BadFile(
-                    f"{place} has {found.st_size} bytes; an ONNX file has at most {PROTOBUF_LIMIT}, and larger models "
-                    "keep their tensors in external data"
-                )
+        try:
+            _check_size(os.fstat(handle), place)
             with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
                 start = bytes(view[:2])
                 proto.ParseFromString(view)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise BadFile(f"{place} does not exist") from None
     except OSError as error:
@@ -127,6 +119,19 @@ def _parse(path: str, place: str) -> onnx.ModelProto:
     except DecodeError as error:
         raise BadFile(place + _undecodable(start, str(error))) from None
     return proto
+
+
+def _check_size(found: os.stat_result, place: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise BadFile(f"{place} is {what}; expected an ONNX file")
+    if found.st_size == 0:
+        raise BadFile(f"{place} is empty; expected an ONNX file")
+    if found.st_size > PROTOBUF_LIMIT:
+        raise BadFile(
+            f"{place} has {found.st_size} bytes; an ONNX file has at most {PROTOBUF_LIMIT}, and larger models keep "
+            "their tensors in external data"
+        )
 
 
 def _undecodable(start: bytes, reason: str) -> str:
@@ -140,7 +145,7 @@ def _undecodable(start: bytes, reason: str) -> str:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Building a graph makes much and drops nothing: looking for garbage meanwhile would take a third of the time."""
+    """Building a graph or a protobuf drops nothing; looking for garbage meanwhile would take a third of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -249,7 +254,8 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
                 "allow; use a Constant node"
             )
     try:
-        proto = ir.serde.serialize_model(model)
+        with _no_collection():
+            proto = ir.serde.serialize_model(model)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -264,9 +270,10 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
 
 def _drop_implied(graph: onnx.GraphProto) -> None:
     """Take out the value_info of initializers, which onnx_ir writes first and which their tensors say already."""
-    implied = 0
-    for tensor, info in zip(graph.initializer, graph.value_info, strict=False):
-        if info.name != tensor.name or info.doc_string or info.metadata_props:
+    inputs, implied = {value.name for value in graph.input}, 0
+    names = [tensor.name for tensor in graph.initializer if tensor.name not in inputs]
+    for name, info in zip(names, graph.value_info, strict=False):
+        if info.name != name or info.doc_string or info.metadata_props:
             break
         implied += 1
     del graph.value_info[:implied]

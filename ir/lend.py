@@ -1,4 +1,4 @@
-"""An onnx_ir model as a graphsurgeon graph, its weights lent and not copied; ``surgeon.py`` tells why, and reads back."""
+"""An onnx_ir model as a graphsurgeon graph, weights lent and not copied; ``surgeon.py`` tells why, and reads back."""
 
 from __future__ import annotations
 

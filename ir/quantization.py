@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+
+from .storage import Read, reader
 
 Array = np.ndarray[Any, Any]
 
@@ -49,9 +52,52 @@ class Quantization:
 
     def magnitudes(self, stored: Array, shape: Sequence[int], start: int) -> Array:
         """|(q - zero point) * scale| as float64 for the stored flat elements from ``start`` on; exact."""
-        stop = start + stored.size
-        centred = stored.astype(np.float64) - self.at(self.zero_point, shape, start, stop).astype(np.float64)
-        return np.abs(centred * self.at(self.scale, shape, start, stop))
+        steps = self.steps(stored, shape, start)
+        return np.abs(np.multiply(steps, self.at(self.scale, shape, start, start + stored.size), out=steps), out=steps)
+
+    def steps(self, stored: Array, shape: Sequence[int], start: int) -> Array:
+        """q - zero point as float64 for the stored flat elements from ``start`` on."""
+        zero_point = self.at(self.zero_point, shape, start, start + stored.size)
+        steps: Array = stored.astype(np.float64) - zero_point.astype(np.float64)
+        return steps
+
+
+NARROW = {
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+    ir.DataType.FLOAT4E2M1,
+}
+"""Types whose values float32 holds exactly."""
+
+
+def magnitude_reader(
+    tensor: ir.TensorProtocol, quantization: Quantization | None = None, buffer: Array | None = None
+) -> Read:
+    """A function that reads flat parts of |w|, or |(q - zero point) * scale|: float32 where exact, else float64.
+
+    ``buffer`` (float32, one dimension) saves allocation: what fits is made in it, and overwritten by the next read.
+    """
+    read, shape = reader(tensor), tuple(tensor.shape.numpy())
+    if quantization is not None:
+        return lambda start, stop: quantization.magnitudes(read(start, stop), shape, start)
+    if tensor.dtype not in NARROW:
+        return lambda start, stop: np.abs(read(start, stop))
+    direct = tensor.dtype is ir.DataType.FLOAT
+
+    def narrow(start: int, stop: int) -> Array:
+        size = stop - start
+        room = np.empty(size, np.float32) if buffer is None or size > buffer.size else buffer[:size]
+        if direct:
+            return np.abs(read(start, stop), out=room)
+        room[:] = read(start, stop)
+        return np.abs(room, out=room)
+
+    return narrow
 
 
 def placed(values: Array, axes: Sequence[int | None], rank: int) -> Array | None:

@@ -21,6 +21,7 @@ from .scopes import Scope, scopes, values
 Dims: TypeAlias = "tuple[int | str | None, ...]"
 _BIG = 1 << 10  # bytes; no operator reads its output's shape from more
 _CONTRADICTION = -1
+_NO_NAMES = ("", "?", "-1", "None", "none")
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -52,15 +53,15 @@ def infer_shapes(model: ir.Model) -> Outcome:
     if all(_is_known(value) for _, value in targets):
         return outcome
     try:
-        inferred = _infer(model, ())
-        pins = [value for _, value in targets if _is_better(value, inferred.get(value))]
+        answers = _infer(model, ())
+        pins = [value for _, value in targets if _is_better(value, answers.get(value))]
         if pins:  # what the file says and inference cannot see, so that it can go on from there
-            inferred = _infer(model, pins)
+            answers = _infer(model, pins)
     except Exception as error:
         outcome.failure = str(error).strip().partition("\n")[0]
         return outcome
     for scope, value in targets:
-        found = inferred.get(value)
+        found = answers.get(value)
         if found is not None:
             _refine(value, found, scope, outcome)
     return outcome
@@ -81,8 +82,27 @@ def static_dims(value: ir.Value) -> tuple[int, ...] | None:
 
 
 def _plain(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Some exporters write -1 for a dimension that they do not know."""
-    return dim.value if not isinstance(dim, int) else dim if dim >= 0 else None
+    """Some exporters write -1 or ``?`` for a dimension that they do not know; two of these need not be equal."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    return None if dim.value in _NO_NAMES else dim.value
+
+
+def symbolic_dims(model: ir.Model) -> dict[ir.Value, Dims]:
+    """Inferred shapes with the names that inference makes up: dimensions of one name are equal in every run.
+
+    Empty where inference fails. Writes nothing.
+    """
+    try:
+        found = _infer(model, (), invented=True)
+    except Exception:
+        return {}
+    return {value: item.dims for value, item in found.items() if item.dims is not None}
+
+
+def inferred(model: ir.Model) -> dict[ir.Value, Inferred]:
+    """What inference says of each value, without writing it. Raises what ``onnx.shape_inference`` raises."""
+    return _infer(model, ())
 
 
 def _outputs(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -154,15 +174,16 @@ def _text(sizes: Dims | None) -> str:
 # Asking onnx --------------------------------------------------------------------------------------------------------
 
 
-def _infer(model: ir.Model, pins: Iterable[ir.Value]) -> dict[ir.Value, Inferred]:
+def _infer(model: ir.Model, pins: Iterable[ir.Value], invented: bool = False) -> dict[ir.Value, Inferred]:
     from onnx.shape_inference import infer_shapes as infer
 
     writer = _Writer(model)
     answer: onnx.ModelProto = infer(writer.model(pins), data_prop=True)
-    return dict(_read(answer.graph, writer)) | writer.constants
+    names = None if invented else writer.names
+    return dict(_read(answer.graph, writer, names)) | writer.constants
 
 
-def _read(graph: onnx.GraphProto, writer: _Writer) -> Iterator[tuple[ir.Value, Inferred]]:
+def _read(graph: onnx.GraphProto, writer: _Writer, names: set[str] | None) -> Iterator[tuple[ir.Value, Inferred]]:
     """Many values have the same type and shape, so each distinct one is read once."""
     known: dict[bytes, Inferred | None] = {}
     stack = [graph]
@@ -172,7 +193,7 @@ def _read(graph: onnx.GraphProto, writer: _Writer) -> Iterator[tuple[ir.Value, I
             for info in infos:
                 raw = info.type.SerializeToString()
                 if raw not in known:
-                    known[raw] = _inferred(info.type, writer.names)
+                    known[raw] = _inferred(info.type, names)
                 found = known[raw]
                 value = writer.value(info.name)
                 if found is not None and value is not None:
@@ -183,14 +204,15 @@ def _read(graph: onnx.GraphProto, writer: _Writer) -> Iterator[tuple[ir.Value, I
                     stack += [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
-def _inferred(proto: onnx.TypeProto, names: set[str]) -> Inferred | None:
+def _inferred(proto: onnx.TypeProto, names: set[str] | None) -> Inferred | None:
     found = ir.serde.deserialize_type_proto_for_type(proto)
     if found is None:
         return None
     shape = ir.serde.deserialize_type_proto_for_shape(proto)
     if shape is None:
         return Inferred(found, None)
-    return Inferred(found, tuple(d if isinstance(d, int) or d in names else None for d in map(_plain, shape)))
+    plain = map(_plain, shape)
+    return Inferred(found, tuple(d if isinstance(d, int) or names is None or d in names else None for d in plain))
 
 
 class _Writer:
@@ -229,7 +251,7 @@ class _Writer:
             for domain, version in model.opset_imports.items()
         )
         functions = b"".join(
-            _chunk(25, ir.serde.serialize_function(function).SerializeToString())
+            _chunk(25, bytes(ir.serde.serialize_function(function).SerializeToString()))
             for function in model.functions.values()
         )
         return b"\x08" + _varint(model.ir_version or 8) + _chunk(7, graph) + opsets + functions
@@ -271,15 +293,15 @@ class _Writer:
                 return name + _chunk(6, self.graph(attribute.value, b"b")) + b"\xa0\x01\x05"
             return name + b"".join(_chunk(11, self.graph(body, b"b")) for body in attribute.value) + b"\xa0\x01\x0a"
         if attribute.type == ir.AttributeType.TENSOR:
-            return ir.serde.serialize_attribute(attribute).SerializeToString()
+            return _attribute(attribute)
         try:
             key = (attribute.name, attribute.type, attribute.value, attribute.ref_attr_name)
             known = self.attributes.get(key)
             if known is None:
-                known = self.attributes[key] = ir.serde.serialize_attribute(attribute).SerializeToString()
+                known = self.attributes[key] = _attribute(attribute)
             return known
         except TypeError:  # a value that does not hash
-            return ir.serde.serialize_attribute(attribute).SerializeToString()
+            return _attribute(attribute)
 
     def info(self, value: ir.Value, typed: bool) -> bytes:
         """A ValueInfoProto."""
@@ -305,6 +327,10 @@ class _Writer:
             for value in values(scope.graph):
                 if value.shape is not None:
                     self.names.update(d.value for d in value.shape if not isinstance(d, int) and d.value)
+
+
+def _attribute(attribute: ir.Attr) -> bytes:
+    return bytes(ir.serde.serialize_attribute(attribute).SerializeToString())
 
 
 def _type(sort: ir.TypeProtocol, shape: ir.Shape | None) -> bytes:

@@ -12,6 +12,8 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
+from .external import MappedTensor
+
 BLOCK = 1 << 16  # elements; 256 KiB of float32 stay in a core's cache from one numpy call to the next
 DISTINCT_LIMIT = 1 << 16
 
@@ -32,13 +34,24 @@ class MadeTensor(ir.LazyTensor):
 
 
 class StreamedTensor(MadeTensor):
-    """A tensor made a block at a time: ``tofile`` writes it without ever holding it whole."""
+    """A tensor made a block at a time: ``tofile`` writes it without ever holding it whole.
 
-    __slots__ = ("read",)
+    ``open`` begins a sweep: it returns a function that makes flat parts.
+    """
 
-    def __init__(self, read: Read, dtype: ir.DataType, shape: ir.Shape, *, name: str | None, provenance: str) -> None:
+    __slots__ = ("open",)
+
+    def __init__(
+        self,
+        open: Callable[[], Read],
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        *,
+        name: str | None,
+        provenance: str,
+    ) -> None:
         super().__init__(self._whole, dtype, shape, name=name, provenance=provenance)
-        self.read = read
+        self.open = open
 
     def tofile(self, file: Any) -> None:
         """Write the tensor's bytes in blocks of at most 64 Ki elements; ``file`` needs ``write`` only."""
@@ -55,7 +68,7 @@ class StreamedTensor(MadeTensor):
 def reader(tensor: ir.TensorProtocol) -> Read:
     """A function that reads parts of ``tensor`` in its numpy (ml_dtypes) type; for one sweep, not to be kept."""
     if isinstance(tensor, StreamedTensor):
-        return tensor.read
+        return tensor.open()
     packed = _packed_bytes(tensor)
     if packed is not None:
         return _unpacker(packed, tensor.dtype)
@@ -71,20 +84,11 @@ def blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
 
 def _packed_bytes(tensor: ir.TensorProtocol) -> Array | None:
     """The bytes of a tensor of less than 8 bits an element that lies packed in memory or in a file."""
+    if tensor.dtype.bitwidth >= 8:
+        return None
     if isinstance(tensor, ir.PackedTensor):
         return tensor.numpy_packed().reshape(-1)
-    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth < 8 and tensor.size:
-        as_bytes = ir.ExternalTensor(  # onnx_ir checks the path and maps the file; as int4 it would unpack it all
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            ir.DataType.UINT8,
-            shape=ir.Shape([tensor.nbytes]),
-            name=tensor.name or "",
-            base_dir=tensor.base_dir,
-        )
-        return as_bytes.numpy()
-    return None
+    return tensor.data if isinstance(tensor, MappedTensor) else None
 
 
 def _unpacker(packed: Array, dtype: ir.DataType) -> Read:

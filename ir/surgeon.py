@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_graphsurgeon.util.misc import convert_to_onnx_attr_type
 
 from .address import addresses, graphs
+from .edit import become
 from .errors import UsageError
 from .lend import PLAIN, Lent, lent_attribute, lent_dtype, lent_shape, lent_tensor, to_surgeon
 from .verify import verify
@@ -62,10 +63,7 @@ def surgeon_step(function: Callable[[Any], Any], model: ir.Model) -> None:
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"graphsurgeon function '{name}' made a graph that is no ONNX model: {error}.") from error
     verify(edited, f"what graphsurgeon function '{name}' made")
-    model.graph = edited.graph
-    model.functions.clear()
-    model.functions.update(edited.functions)
-    model.ir_version = edited.ir_version
+    become(model, edited)
 
 
 def round_trips(model: ir.Model) -> str | None:

@@ -27,8 +27,8 @@ class Holder:
             self.owner.const_value = tensor
             return
         old = self.owner.attributes[self.attribute]
-        held = tensor if self.index < 0 else [*old.value[: self.index], tensor, *old.value[self.index + 1 :]]
-        self.owner.attributes[self.attribute] = ir.Attr(old.name, old.type, held, doc_string=old.doc_string)
+        value = tensor if self.index < 0 else [*old.value[: self.index], tensor, *old.value[self.index + 1 :]]
+        self.owner.attributes[self.attribute] = ir.Attr(old.name, old.type, value, doc_string=old.doc_string)
 
     def restorer(self) -> Callable[[], None]:
         """Puts back what is held now, the very same object."""
@@ -46,15 +46,16 @@ def tensors(model: ir.Model) -> Iterator[tuple[Holder, ir.TensorProtocol]]:
                 yield Holder(graph, value), value.const_value
         for node in graph:
             if node.attributes.data:
-                yield from _held(graph, node)
+                yield from held(graph, node)
 
 
-def _held(graph: ir.Graph, node: ir.Node) -> Iterator[tuple[Holder, ir.TensorProtocol]]:
+def held(graph: ir.Graph, node: ir.Node) -> Iterator[tuple[Holder, ir.TensorProtocol]]:
+    """The tensors in the attributes of one node of ``graph``."""
     for name, attribute in list(node.attributes.data.items()):
         if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
             yield Holder(graph, node, name), attribute.value
         elif attribute.type == ir.AttributeType.TENSORS and not attribute.is_ref():
-            yield from ((Holder(graph, node, name, index), held) for index, held in enumerate(attribute.value))
+            yield from ((Holder(graph, node, name, index), tensor) for index, tensor in enumerate(attribute.value))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .address import bodies, graphs
+from .constants import constant_tensor
 from .ops import Kind, Port, operator
 from .quantization import Quantization, placed
 
@@ -301,9 +302,7 @@ def constant(value: ir.Value | None, calls: Sequence[Call] = ()) -> Array | None
         elif node is not None and node.op_type == "Identity" and node.domain == "":
             value = node.inputs[0]
         else:
-            if node is not None and "sparse_value" in node.attributes:
-                return None
-            tensor = ir.convenience.get_const_tensor(value)
+            tensor = constant_tensor(value)
             return None if tensor is None else tensor.numpy()
     return None
 

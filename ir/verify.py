@@ -164,11 +164,11 @@ class _Walk:
         if tensor is None:
             self.report(address, "the initializer has no tensor; set its const_value.")
             return
-        if value.type is not None and value.type != ir.TensorType(tensor.dtype):
-            self.report(address, f"the value says {value.type}, its tensor is {tensor.dtype}.")
-        shape = value.shape
-        if shape is not None and shape is not tensor.shape and not _fits(shape, tensor.shape):
-            self.report(address, f"the value says shape {shape}, its tensor has {tensor.shape}.")
+        type_, shape, dtype, actual = value.type, value.shape, tensor.dtype, tensor.shape
+        if type_ is not None and (type_.dtype != dtype or not isinstance(type_, ir.TensorType)):
+            self.report(address, f"the value says {type_}, its tensor is {dtype}.")
+        if shape is not None and shape is not actual and shape != actual and not _fits(shape, actual):
+            self.report(address, f"the value says shape {shape}, its tensor has {actual}.")
 
     def define(self, scope: _Scope, node: ir.Node) -> None:
         visible, defined, values = self.visible, self.defined, scope.values

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from .address import graphs
-from .tensors import tensors
+from .tensors import held
 
 RUNNABLE = 13
 """The newest IR version that ONNX Runtime 1.31 takes; newer onnx packages stamp more by default."""
@@ -54,28 +54,33 @@ def _needs(model: ir.Model) -> Iterator[int]:
             yield 10
         if any(attribute.value is not None for attribute in function.attributes.values()):
             yield 9
-    kinds: set[ir.DataType] = {tensor.dtype for _, tensor in tensors(model)}
+    kinds: set[ir.DataType] = set()
     for _, graph in graphs(model):
         if any(not value.is_graph_input() for value in graph.initializers.values()):
             yield 4
-        for value in _values(graph):
-            form = value.type
-            while form is not None and not isinstance(form, ir.TensorType):
-                if isinstance(form, ir.OptionalType | ir.SparseTensorType):
-                    yield 8
-                form = form.elem_type if isinstance(form, ir.SequenceType | ir.OptionalType) else None
-            if form is not None:
-                kinds.add(form.dtype)
+        types = [value.type for value in (*graph.inputs, *graph.initializers.values())]
         for node in graph:
             if node.overload:
                 yield 10
             if node.device_configurations:
                 yield 11
+            types += [value.type for value in node.outputs]
+            if node.attributes.data:
+                kinds.update(tensor.dtype for _, tensor in held(graph, node))
+        for form in types:
+            if isinstance(form, ir.TensorType):
+                kinds.add(form.dtype)
+            elif form is not None:
+                yield from _nested(form, kinds)
     yield from (_KINDS.get(kind, 3) for kind in kinds)
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
+def _nested(form: ir.TypeProtocol | None, kinds: set[ir.DataType]) -> Iterator[int]:
+    """What a type that is no plain tensor needs; the element types it ends in go to ``kinds``."""
+    while form is not None:
+        if isinstance(form, ir.OptionalType | ir.SparseTensorType):
+            yield 8
+        if not isinstance(form, ir.SequenceType | ir.OptionalType):
+            kinds.add(form.dtype)
+            return
+        form = form.elem_type

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from .address import graphs
 from .ops import Kind
-from .quantization import Quantization
+from .quantization import NARROW, Quantization, magnitude_reader
 from .storage import (
     BLOCK,
     Array,
@@ -38,17 +38,6 @@ __all__ = ["Quantization", "Use", "Weight", "constant", "weights"]
 
 Place = Literal["initializer", "constant"]
 Home = Literal["main", "body", "function"]
-
-_NARROW = {
-    ir.DataType.FLOAT,
-    ir.DataType.FLOAT16,
-    ir.DataType.BFLOAT16,
-    ir.DataType.FLOAT8E4M3FN,
-    ir.DataType.FLOAT8E4M3FNUZ,
-    ir.DataType.FLOAT8E5M2,
-    ir.DataType.FLOAT8E5M2FNUZ,
-    ir.DataType.FLOAT4E2M1,
-}  # float32 holds each of their values
 
 
 @dataclass(eq=False, slots=True)
@@ -123,7 +112,7 @@ class Weight:
     @property
     def numeric(self) -> bool:
         """Whether it has magnitudes: a real float, or integers with a known scale."""
-        if self.dtype in _NARROW or self.dtype is ir.DataType.DOUBLE:
+        if self.dtype in NARROW or self.dtype is ir.DataType.DOUBLE:
             return all(use.quantization is None for use in self.uses) or self.quantization is not None
         return self.quantization is not None
 
@@ -170,22 +159,7 @@ class Weight:
 
         ``buffer`` (float32, one dimension) saves allocation: what fits is made in it, and overwritten by the next read.
         """
-        read, shape, quantization = reader(self.tensor), self.shape, self.quantization
-        if quantization is not None:
-            return lambda start, stop: quantization.magnitudes(read(start, stop), shape, start)
-        if self.dtype not in _NARROW:
-            return lambda start, stop: np.abs(read(start, stop))
-        direct = self.dtype is ir.DataType.FLOAT
-
-        def narrow(start: int, stop: int) -> Array:
-            size = stop - start
-            room = np.empty(size, np.float32) if buffer is None or size > buffer.size else buffer[:size]
-            if direct:
-                return np.abs(read(start, stop), out=room)
-            room[:] = read(start, stop)
-            return np.abs(room, out=room)
-
-        return narrow
+        return magnitude_reader(self.tensor, self.quantization, buffer)
 
     def zeros(self) -> int:
         """How many elements are pruned already: equal to zero, or to the zero point."""
@@ -222,13 +196,14 @@ class Weight:
         else:
             self._store(ir.Tensor(np.asarray(new), name=old.name))
 
-    def stream(self, read: Read, *, provenance: str = "") -> None:
-        """Store a tensor of the present type and shape that ``read(start, stop)`` makes a flat part at a time.
+    def stream(self, open: Callable[[], Read], *, provenance: str = "") -> None:
+        """Store a tensor of the present type and shape that is made a flat part at a time.
 
-        ``start`` is a multiple of 4. A part may be overwritten by the next call; parts never exceed 64 Ki elements.
+        ``open()`` begins a sweep and returns ``read(start, stop)``: ``start`` is a multiple of 4, no more than 64 Ki
+        elements are asked for, and a part may be overwritten by the next one.
         """
         old = self.tensor
-        self._store(StreamedTensor(read, old.dtype, _shape(old), name=old.name, provenance=f"lazy: {provenance}"))
+        self._store(StreamedTensor(open, old.dtype, _shape(old), name=old.name, provenance=f"lazy: {provenance}"))
 
     def _store(self, tensor: ir.TensorProtocol) -> None:
         changed = (tensor.dtype, tensor.shape) != (self.dtype, self.tensor.shape)

@@ -6,7 +6,7 @@
 
 It needs PyTorch and the extras listed in models/README.md; nothing else in penjing imports this file.
 Seeds are fixed and deterministic kernels are asked for, so a second run on the same machine and the same
-PyTorch gives the same weights. Validation chose the recipes below; the test images are only measured.
+PyTorch gives the same weights. The test images are only measured: no recipe was chosen by them.
 """
 
 from __future__ import annotations

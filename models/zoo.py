@@ -6,7 +6,6 @@ models/README.md tells where they come from.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+
+from ..ir.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -58,10 +59,9 @@ ENTRIES = _entries(
 
 
 def path(name: str) -> Path:
-    """Where the model called `name` lies; a ValueError naming the nearest if there is none."""
+    """Where the model called `name` lies; a `UsageError` with the nearest name if there is none."""
     if name not in ENTRIES:
-        near = difflib.get_close_matches(name, ENTRIES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no bundled model {name!r}; did you mean {near!r}?")
+        raise UsageError(f"There is no bundled model '{name}'.{nearest(name, ENTRIES)}")
     return FOLDER / ENTRIES[name].file
 
 

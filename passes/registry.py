@@ -35,11 +35,7 @@ def register(name: str) -> Callable[[P], P]:
 
     def enter(cls: P) -> P:
         known = _PASSES.get(name)
-        same = known is not None and (known.__module__, known.__qualname__) == (
-            cls.__module__,
-            cls.__qualname__,
-        )
-        if name in _PIPELINES or (known and not same):
+        if name in _PIPELINES or (known and not _same(known, cls)):
             raise UsageError(f"The pass name '{name}' is taken by {known or 'a named pipeline'}; choose another.")
         if not cls.__dict__.get("__doc__"):
             raise UsageError(f"The pass '{name}' has no docstring; it is the pass's manual page, so write one.")
@@ -48,6 +44,16 @@ def register(name: str) -> Callable[[P], P]:
         return _PASSES[name]  # type: ignore[return-value]
 
     return enter
+
+
+def _same(known: type[Pass], cls: type[Pass]) -> bool:
+    """Whether ``cls`` is ``known`` imported anew: of the same module, or of a copy of its source."""
+    if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
+        return True
+    try:
+        return inspect.getsource(known) == inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
 
 
 def register_pipeline(name: str, text: str) -> None:

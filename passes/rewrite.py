@@ -93,9 +93,7 @@ class Tape:
             value, node = constant_node(tensor, name)
             self.nodes.append(node)
             return value
-        value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-        )
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.constants.append(value)
         return value
 
@@ -168,16 +166,14 @@ class _Rewriter:
         address = tape.scope.address(root)
         for node in tape.nodes:
             node.meta[RULE] = item.name
-        self.name_nodes(tape, found)
+        self.names_of_nodes(tape, found)
         for value in tape.constants:
             graph.register_initializer(value)
         new = {value for node in tape.nodes for value in node.outputs}
-        for old, value in pairs:
-            if value is not None:
-                _move(old, value, value in new)
-        for value in new:
-            if value.name is None:
-                value.name = self.names.fresh(f"{root.name or root.op_type}_{value.producer().op_type}")  # type: ignore[union-attr]
+        for old, heir in pairs:
+            if heir is not None:
+                _move(old, heir, heir in new)
+        self.names_of_values(tape)
         graph.insert_after(root, tape.nodes)
         freed = take_out(root)
         for node in match.nodes[1:]:
@@ -191,7 +187,13 @@ class _Rewriter:
         self.applied[item.name] += 1
         self.ctx.change(address, item.name)
 
-    def name_nodes(self, tape: Tape, found: tuple[ir.Value | None, ...]) -> None:
+    def names_of_values(self, tape: Tape) -> None:
+        for node in tape.nodes:
+            for value in node.outputs:
+                if value.name is None:
+                    value.name = self.names.fresh(f"{tape.root.name or tape.root.op_type}_{node.op_type}")
+
+    def names_of_nodes(self, tape: Tape, found: tuple[ir.Value | None, ...]) -> None:
         """The node that takes the root's place takes its name and metadata; others are named after it."""
         root = tape.root
         heir = next((value.producer() for value in found if value is not None and value.producer() in tape.nodes), None)

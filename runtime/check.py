@@ -10,7 +10,7 @@ first bad pass. Passes that lose precision are measured over the whole run and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,7 +126,7 @@ def judge_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRun
     """A judge that has seen both models on all feeds, or a sentence where ``after`` fails on a feed ``before`` took."""
     judge = Judge()
     expected = zip(runner.run(before, feeds), runner.run(before, feeds, level="off"), strict=True)
-    found = _guarded(runner.run(after, feeds))
+    found = _guarded(runner, after, feeds)
     for (old, plain), new in zip(expected, found, strict=True):
         if isinstance(new, str):
             return new
@@ -171,7 +171,7 @@ def _judge_reference(
     effect: Effect, expected: Callable[[Feeds], Iterator[Outputs]], after: ir.Model, feeds: Feeds, runner: OrtRunner
 ) -> list[str]:
     judge, exact = Judge(), Judge()
-    runs = zip(expected(feeds), _guarded(runner.run(after, feeds)), _guarded(runner.run(after, feeds, level="off")))
+    runs = zip(expected(feeds), _guarded(runner, after, feeds), _guarded(runner, after, feeds, "off"))
     for wanted, full, plain in runs:
         if isinstance(full, str) or isinstance(plain, str):
             return [found for found in (full, plain) if isinstance(found, str)]
@@ -183,13 +183,13 @@ def _judge_reference(
 
 
 def _runs(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
-    return [found for found in _guarded(runner.run(model, feeds)) if isinstance(found, str)][:1]
+    return [found for found in _guarded(runner, model, feeds) if isinstance(found, str)][:1]
 
 
-def _guarded(runs: Iterable[Outputs]) -> Iterator[Outputs | str]:
-    """The outputs of each run; a run that fails yields a sentence instead, and is the last."""
+def _guarded(runner: OrtRunner, model: ir.Model, feeds: Feeds, level: str = "all") -> Iterator[Outputs | str]:
+    """The outputs of each run; where the model fails, a sentence instead, which is the last."""
     try:
-        yield from runs
+        yield from runner.run(model, feeds, level=level)
     except BadFeeds:
         raise
     except Exception as error:

@@ -109,6 +109,12 @@ class Comparison:
         """Whether every output of every run is bit-identical."""
         return not (self.missing or self.extra) and all(output.equal for output in self.outputs.values())
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; what is infinite or not a number is ``null``."""
+        summary = {"equal": self.equal, "max_error": _finite(self.max_error), "min_sqnr": _finite(self.min_sqnr)}
+        outputs = [{key: _finite(value) for key, value in vars(output).items()} for output in self.outputs.values()]
+        return summary | {"runs": self.runs, "outputs": outputs, "missing": self.missing, "extra": self.extra}
+
 
 class Judge:
     """Takes the outputs of one run after another, keeps only sums, and says whether a pass kept its effect."""
@@ -156,6 +162,25 @@ def compare(reference: Iterable[Outputs], new: Iterable[Outputs]) -> Comparison:
     for expected, found in zip(reference, new, strict=True):
         judge.add(expected, None, found)
     return judge.comparison
+
+
+def compare_files(a: str, b: str, data: Any = None, seed: int = 0) -> tuple[Comparison, str]:
+    """Compare the model in file ``b`` with that in ``a``, and say on what: ``data`` as ``read_feeds`` takes, or random.
+
+    Raises ``PenjingError`` where a file, the data or a run of either model is at fault.
+    """
+    from .feeds import feeds_for
+    from .session import LARGE, load, open_session, run_feed, tensor_bytes
+
+    models = [load(path, runnable=True) for path in (a, b)]
+    feeds = feeds_for(models[0], data, seed)
+    prepack = max(map(tensor_bytes, models)) <= LARGE
+    sessions = [open_session(model, prepack=prepack) for model in models]
+    judge = Judge()
+    for feed in feeds:
+        expected, found = (run_feed(session, feed, place=path) for session, path in zip(sessions, (a, b), strict=True))
+        judge.add(expected, None, found)
+    return judge.comparison, feeds.describe()
 
 
 class _Sums:
@@ -302,3 +327,7 @@ def _worst(output: OutputDifference) -> float:
     if output.problems or output.nonfinite:
         return math.inf
     return output.max_error or 0.0
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

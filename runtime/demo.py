@@ -20,7 +20,7 @@ MAX_DROP = 0.01
 
 def tell(console: Console, output: str | None = None) -> None:
     """Load, rewrite, check, save and measure; the result goes to ``output``, or to a folder that is then removed."""
-    entry = zoo.entry(MODEL)
+    entry = zoo.ENTRIES[MODEL]
     test = zoo.path(MODEL).parent / "mnist-test.npz"
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(output or Path(scratch, "small.onnx"))

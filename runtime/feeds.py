@@ -90,6 +90,16 @@ def read_feeds(spec: Any, model: ir.Model, *, labels: Array | Path_ | None = Non
     return feeds
 
 
+def feeds_for(model: ir.Model, data: Any = None, seed: int = 0) -> Feeds:
+    """What ``read_feeds`` makes of ``data``, or random feeds where there are none. Raises ``BadFeeds``, ``NoFeeds``."""
+    if data is not None:
+        return read_feeds(data, model)
+    try:
+        return random_feeds(model, seed)
+    except NoFeeds as error:
+        raise NoFeeds(f"This needs sample inputs, give them with --data: {error}") from error
+
+
 def read_labels(source: Array | Path_) -> Array:
     """Labels, int64 [samples], from an ``.npy`` file or an array. Raises ``BadFeeds``."""
     place = "The array of labels" if isinstance(source, np.ndarray) else os.fspath(source)
@@ -315,8 +325,8 @@ def _called(function: Callable[[], Iterable[Mapping[str, Any]]], name: str, inpu
 def _listed(feeds: Sequence[Any], inputs: Sequence[_Input]) -> Feeds:
     if not feeds:
         raise BadFeeds("The data hold no samples.")
-    if wrong := next((feed for feed in feeds if not isinstance(feed, Mapping)), None):
-        raise BadFeeds(f"The data hold {type(wrong).__name__}; each run is a dict, one array for each input.")
+    if wrong := [type(feed).__name__ for feed in feeds if not isinstance(feed, Mapping)]:
+        raise BadFeeds(f"The data hold {wrong[0]}; each run is a dict, one array for each input.")
     fitted = [_fit_all(feed, f"run {number} of the data", inputs) for number, feed in enumerate(feeds)]
     return Feeds("the data", lambda: iter([dict(feed) for feed in fitted]), len(fitted))
 
@@ -500,9 +510,11 @@ def _alike(names: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def _mixed(names: Sequence[str]) -> Iterator[dict[str, int]]:
-    for sizes in itertools.product(SIZES, repeat=len(names)):
-        if len(set(sizes)) > 1:
-            yield dict(zip(names, sizes, strict=True))
+    """Unlike sizes, those whose largest is small first, since drawing large ones takes long."""
+    for count, largest in enumerate(SIZES[1:], 2):
+        for sizes in itertools.product(SIZES[:count], repeat=len(names)):
+            if largest in sizes and len(set(sizes)) > 1:
+                yield dict(zip(names, sizes, strict=True))
 
 
 def _is_rate(one: _Input) -> bool:

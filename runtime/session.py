@@ -14,15 +14,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..ir.address import graphs
+from ..ir import files
+from ..ir.address import printable
 from ..ir.errors import BadFile, PenjingError, UsageError, nearest
+from ..ir.tensors import standing_in, tensors
 from ..passes.base import Array, Feeds, Outputs
 
 if TYPE_CHECKING:
@@ -71,6 +72,17 @@ def limits() -> tuple[int, int]:
     return newest_opset, newest_ir
 
 
+def load(path: str | os.PathLike[str], *, runnable: bool = False) -> ir.Model:
+    """Read an ONNX model as ``ir.files.load`` does; ``runnable`` refuses what the installed ONNX Runtime does not take.
+
+    Raises ``BadFile``.
+    """
+    model = files.load(path)
+    if runnable:
+        require_runnable(model, printable(os.fspath(path)))
+    return model
+
+
 def why_not_runnable(model: ir.Model) -> str | None:
     """The reason, as a clause, why the installed ONNX Runtime does not take ``model``, or ``None`` where it does."""
     if reason := _too_new(model):
@@ -90,7 +102,7 @@ def require_runnable(model: ir.Model, place: str) -> None:
 
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all weights of ``model``, once decoded from its file: initializers, bodies and Constant nodes."""
-    return sum(tensor.nbytes for tensor in _tensors(model))
+    return sum(tensor.nbytes for _, tensor in tensors(model))
 
 
 def open_session(
@@ -119,11 +131,16 @@ def open_session(
 
 
 def run_feed(
-    session: InferenceSession, feed: Mapping[str, Any], outputs: Sequence[str] | None = None, options: Any = None
+    session: InferenceSession,
+    feed: Mapping[str, Any],
+    outputs: Sequence[str] | None = None,
+    *,
+    place: str = "",
+    options: Any = None,
 ) -> dict[str, Any]:
     """The outputs of one run, by name: arrays, lists (sequences), dicts (maps) and ``None`` (empty optionals).
 
-    Types that numpy lacks come as ``ml_dtypes``. Raises ``DoesNotRun`` with ONNX Runtime's reason.
+    Types that numpy lacks come as ``ml_dtypes``. Raises ``DoesNotRun`` with ONNX Runtime's reason; it names ``place``.
     """
     types = {output.name: output.type for output in session.get_outputs()}
     names = list(types) if outputs is None else list(outputs)
@@ -138,7 +155,7 @@ def run_feed(
             raw = session.run_with_ort_values(unreadable, values, options)
             found |= {name: _array(value) for name, value in zip(unreadable, raw, strict=True)}
     except Exception as error:
-        raise DoesNotRun(_reason(error)) from error
+        raise DoesNotRun(f"{place} fails: {_reason(error)}" if place else _reason(error)) from error
     return {name: found[name] for name in names}
 
 
@@ -168,11 +185,20 @@ def bounded_run(model: ir.Model, *, seconds: float) -> Callable[[Mapping[str, An
     return run
 
 
+def bare_run(session: InferenceSession, feed: Mapping[str, Any]) -> Callable[[], Any]:
+    """A call that runs ``feed`` and does nothing else, for clocks."""
+    given = {name: _ort_input(value) for name, value in feed.items()}
+    if any(output.type in _TENSOR_TYPES for output in session.get_outputs()):
+        values = {name: _ort_value(value) for name, value in given.items()}
+        return functools.partial(session.run_with_ort_values, None, values, _run_options())
+    return functools.partial(session.run, None, given, _run_options())
+
+
 class OrtRunner:
     """Runs models with ONNX Runtime, on one thread by default: the ``Runner`` of ``passes.base``.
 
     ``metric`` maps a session to a float, higher is better; ``metric_name`` is what messages call it.
-    ``prepack`` as in ``open_session``, but the first model decides for all, since their outputs will be compared.
+    ``prepack`` as in ``open_session``; give one choice for models whose outputs are compared.
     """
 
     def __init__(
@@ -190,8 +216,6 @@ class OrtRunner:
 
     def session(self, model: ir.Model, level: str = "all") -> InferenceSession:
         """A session with this runner's threads and packing."""
-        if self.prepack is None:
-            self.prepack = tensor_bytes(model) <= LARGE
         return open_session(model, level=level, threads=self.threads, prepack=self.prepack)
 
     def run(
@@ -309,17 +333,15 @@ def _open(source: str | bytes, options: Any) -> InferenceSession:
 def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
     """From memory where the weights are few; else mapped, from the file they are in or from a temporary one."""
     if size <= LARGE:
-        return _open(_inline(model).SerializeToString(), options)
+        return _open(_inline(model), options)
     if (folder := _only_folder(model)) is not None:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, folder)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return _open(ir.serde.serialize_model(model).SerializeToString(), options)
-    from ..ir.files import save
-
     scratch = tempfile.mkdtemp(prefix="penjing-")
     try:
-        save(model, Path(scratch, "model.onnx"))
-        session = _open(os.path.join(scratch, "model.onnx"), options)
+        path = os.path.join(scratch, "model.onnx")
+        files.save(model, path, external=True)
+        session = _open(path, options)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -327,37 +349,25 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
     return session
 
 
-def _inline(model: ir.Model) -> onnx.ModelProto:
+def _inline(model: ir.Model) -> bytes:
     """The model as protobuf with every weight in it."""
-    if any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model)):
-        model = model.clone()
-        for _, graph in graphs(model):
-            for value in graph.initializers.values():
-                if isinstance(tensor := value.const_value, ir.ExternalTensor):
-                    value.const_value = ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
-    return ir.serde.serialize_model(model)
+    mapped = ((holder, tensor) for holder, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor))
+    pairs = [(holder, ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)) for holder, tensor in mapped]
+    with standing_in(pairs):
+        return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 
 def _only_folder(model: ir.Model) -> str | None:
-    """The folder of all external weights, where there is one only and little else is to be written."""
+    """The folder of all external weights, where it is one, its files are still there, and little else is to be read."""
     inline, folders = 0, []
-    for tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            folders.append(os.path.abspath(tensor.base_dir))
-        else:
+    for _, tensor in tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
             inline += tensor.nbytes
+        elif not os.path.isfile(tensor.path):
+            return None
+        else:
+            folders.append(os.path.abspath(tensor.base_dir))
     return folders[0] if len(set(folders)) == 1 and inline <= LARGE else None
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    for _, graph in graphs(model):
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield value.const_value
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                    yield attribute.as_tensor()
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:

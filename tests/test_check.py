@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -22,6 +21,7 @@ from penjing.ir.text import text
 from penjing.models import zoo
 from penjing.runtime.run import BoundExceeded
 
+METRIC = Path(__file__).with_name("wrong_passes.py")
 SCHEMA = json.loads((Path(penjing.__file__).parent / "runtime" / "report.schema.json").read_text(encoding="utf-8"))
 
 spec = importlib.util.spec_from_file_location("wrong_passes", Path(__file__).with_name("wrong_passes.py"))
@@ -93,7 +93,7 @@ def test_a_pass_that_crashes_is_named(model: ir.Model) -> None:
         ("right-rename,wrong-structure", {}),
         ("right-rename,wrong-crash", {}),
         ("right-rename,lossy-nudge{by=0.5}", {"max_error": 0.01}),
-        ("lossy-nudge{by=0.5}", {"metric": f"{__file__}:sum_of_outputs", "max_drop": -0.0}),
+        ("lossy-nudge{by=0.5}", {"metric": f"{METRIC}:sum_of_outputs", "max_drop": -0.0}),
     ],
 )
 def test_the_reproducer_fails_alone(model: ir.Model, tmp_path: Path, passes: str, options: Any) -> None:
@@ -107,11 +107,6 @@ def test_the_reproducer_fails_alone(model: ir.Model, tmp_path: Path, passes: str
     assert done.stdout.strip(), "it says what it found"
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert facts["versions"]["onnxruntime"] == onnxruntime.__version__
-
-
-def sum_of_outputs(session: onnxruntime.InferenceSession) -> float:
-    """A metric: minus the sum of the outputs on fixed inputs."""
-    return -float(session.run(None, {"x": np.ones((2, 3), np.float32)})[0].sum())
 
 
 def test_a_lossy_pass_is_measured_and_bounded(model: ir.Model) -> None:
@@ -134,10 +129,10 @@ def test_a_pass_that_changed_nothing_is_a_warning_and_an_error_under_strict(mode
 
 
 def test_metric_before_and_after(model: ir.Model) -> None:
-    report = penjing.run(model.clone(), "lossy-nudge{by=0.5}", metric=sum_of_outputs, max_drop=100)
+    report = penjing.run(model.clone(), "lossy-nudge{by=0.5}", metric=wrong_passes.sum_of_outputs, max_drop=100)
     assert report.metric is not None
     assert report.metric.after < report.metric.before
-    error = run_breached(model, "lossy-nudge{by=0.5}", metric=sum_of_outputs, max_drop=0.1)
+    error = run_breached(model, "lossy-nudge{by=0.5}", metric=wrong_passes.sum_of_outputs, max_drop=0.1)
     assert "The metric fell from" in str(error)
     with pytest.raises(UsageError, match="give one with --metric"):
         penjing.run(model, "clean", max_drop=0.1)

@@ -13,20 +13,6 @@ from penjing.ir.view import channels, cuts, dataflow, reads
 
 MODELS = Path(__file__).parent.parent / "models"
 
-RESIDUAL = """
-net (float[1,3,8,8] x) => (float[1,10] y)
-<float[4,3,3,3] w1 = {SMALL}, float[4] b1 = {0,0,0,0}, float[4,4,3,3] w2 = {SMALL}, float[10,4] w3 = {SMALL}>
-{
-   a = Conv <pads = [1,1,1,1]> (x, w1, b1)
-   r = Relu(a)
-   c = Conv <pads = [1,1,1,1]> (r, w2)
-   s = Add(r, c)
-   p = GlobalAveragePool(s)
-   f = Flatten(p)
-   y = Gemm <transB = 1> (f, w3)
-}
-"""
-
 
 def read(text: str, *shapes: tuple[str, list[int]]) -> ir.Model:
     """Shapes inferred; the weights named are zeros of that shape."""
@@ -134,7 +120,7 @@ def test_cuts_of_a_residual_net() -> None:
 
 
 def test_a_capture_keeps_a_value_open() -> None:
-    """``z`` and ``h`` both reach into the body, so nothing between ``z`` and ``y`` is a cut; ``c`` is open until then."""
+    """``z`` and ``h`` both reach into the body, so nothing between ``z`` and ``y`` is a cut."""
     model = read(BRANCH)
     assert names(cuts(model.graph)) == ["y"]
     model = read(BRANCH.replace("bool c, float[4] x", "float[4] x").replace("z = Relu(x)", "z = Relu(x) c = Seen(z)"))
@@ -143,15 +129,13 @@ def test_a_capture_keeps_a_value_open() -> None:
 
 
 def test_constants_and_dead_code_lie_on_no_path() -> None:
-    model = net(
-        "k = Exp(w) a = Mul(x, k) dead = Neg(x) late = Sqrt(k) y = Add(a, late)", "float[4] x", "float[4] y", w=[4]
-    )
-    assert names(cuts(model.graph)) == ["x", "a", "y"]
+    body = "k = Exp(w) a = Mul(x, k) dead = Neg(x) late = Sqrt(k) y = Add(a, late)"
+    assert names(cuts(net(body, "float[4] x", "float[4] y", w=[4]).graph)) == ["x", "a", "y"]
 
 
-def test_random_values_lie_on_paths() -> None:
-    body = "k = RandomNormal <shape = [4]> () a = Mul(x, k) y = Add(a, k)"
-    assert names(cuts(net(body, "float[4] x", "float[4] y").graph)) == ["y"]
+def test_a_random_value_is_not_drawn_twice() -> None:
+    body = "k = RandomNormal <shape = [4]> () a = Mul(x, k) b = Add(a, k) y = Exp(b)"
+    assert names(cuts(net(body, "float[4] x", "float[4] y").graph)) == ["x", "b", "y"]
 
 
 def test_an_early_output_leaves_no_cut_after_it() -> None:
@@ -163,8 +147,8 @@ def test_an_early_output_leaves_no_cut_after_it() -> None:
 def test_cuts_are_the_articulations_of_all_paths() -> None:
     """Against the definition: without the value, no path is left."""
     model = net(
-        "a = Abs(x) b, c = Split <axis = 0> (a) d = Add(b, c) e = Neg(d) f = Exp(d) g = Mul(e, f) h, i = Split <axis = 0> (g) "
-        "j = Sin(h) k = Mul(j, i) y = Cos(k)",
+        """a = Abs(x) b, c = Split <axis = 0> (a) d = Add(b, c) e = Neg(d) f = Exp(d) g = Mul(e, f)
+           h, i = Split <axis = 0> (g) j = Sin(h) k = Mul(j, i) y = Cos(k)""",
         "float[4] x",
         "float[1] y",
     )
@@ -228,11 +212,9 @@ def test_grouped_convolution_closes() -> None:
 def test_concat_split_and_flatten_map_channels() -> None:
     model = net(
         """a = Conv(x, w) b = Conv(x, v) c = Concat <axis = 1> (a, b)
+           sizes = Constant <value_ints = [2, 5]> () last = Constant <value_ints = [2, 3]> ()
            l, r = Split <axis = 1> (c, sizes) m = Mul(l, l)
-           f = Flatten(r) y = MatMul(f, k) z = ReduceSum <keepdims = 0> (m, last)""".replace(
-            "l, r = Split",
-            "sizes = Constant <value_ints = [2, 5]> () last = Constant <value_ints = [2, 3]> () l, r = Split",
-        ),
+           f = Flatten(r) y = MatMul(f, k) z = ReduceSum <keepdims = 0> (m, last)""",
         "float[1,3,2,2] x",
         "float[1,6] y, float[1,2] z",
         w=[4, 3, 1, 1],
@@ -247,9 +229,7 @@ def test_concat_split_and_flatten_map_channels() -> None:
     members, reasons = group(view, "w", 0)
     assert {"a:1", "b:1", "c:1", "r:1", "f:1", "k:0", "v:0", "l:1", "z:1"} <= members
     assert reasons == {"graph output"}
-    assert group(view, "r", 2)[1] == {"axis of Conv", "axis of Flatten", "axis of ReduceSum", "graph input"} - (
-        {"graph input"} - group(view, "r", 2)[1]
-    )
+    assert "axis of Flatten" in group(view, "r", 2)[1]
 
 
 def test_reshape_and_transpose_of_attention_heads() -> None:
@@ -305,19 +285,8 @@ def test_normalization_and_quantized_weights() -> None:
         v=[4, 2],
     )
     members, reasons = group(channels(model), "d", 0)
-    assert members == {
-        "scale:0",
-        "w:0",
-        "d:0",
-        "a:1",
-        "n:1",
-        *(f"{p}:0" for p in "gbms"),
-        "t:3",
-        "l:3",
-        "lg:0",
-        "lb:0",
-        "v:0",
-    }
+    vectors = {f"{name}:0" for name in ("scale", "w", "d", "g", "b", "m", "s", "lg", "lb", "v")}
+    assert members == {*vectors, "a:1", "n:1", "t:3", "l:3"}
     assert reasons == {"graph input"}  # w, here
 
 
@@ -329,15 +298,14 @@ def test_normalization_and_quantized_weights() -> None:
         ("y = ReduceMax <axes = [1]> (a)", "axis of ReduceMax"),
         ("i = Constant <value_ints = [0, 2]> () y = Gather <axis = 1> (a, i)", "axis of Gather"),
         ("y = Slice(a, one, two, one)", "axis of Slice"),
-        ("b = com.acme.Mystery(a) y = Relu(b)", "Mystery"),
+        ("b = Trilu(a) y = Relu(b)", "Trilu"),
     ],
 )
 def test_what_is_not_carried_closes(body: str, reason: str) -> None:
     constants = "one = Constant <value_ints = [1]> () two = Constant <value_ints = [2]> ()"
     if "CumSum" in body:
         constants = "one = Constant <value_int = 1> ()"
-    text = f"net (float[1,3,2,2] x) => (float[A,B,C,D] y) <float[4,3,1,1] w = {{}}> {{ {constants} a = Conv(x, w) {body} }}"
-    model = read(text, ("w", [4, 3, 1, 1]))
+    model = net(f"{constants} a = Conv(x, w) {body}", "float[1,3,2,2] x", "float[A,B,C,D] y", w=[4, 3, 1, 1])
     assert reason in group(channels(model), "w", 0)[1]
 
 
@@ -364,8 +332,8 @@ def test_the_bundled_cnn() -> None:
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     view = channels(model)
     weights = [n.inputs[1] for n in model.graph if n.op_type in ("Conv", "Gemm") and n.inputs[1] is not None]
-    open_groups = [w for w in weights if not group(view, str(w.name), 0 if w.name else 0)[1]]
-    assert len(open_groups) == len(weights) - 1  # all but the classifier, which makes the output
+    closed = [w for w in weights if group(view, str(w.name), 0)[1]]
+    assert closed == weights[-1:]  # the classifier, which makes the output
     found = cuts(model.graph)
     assert found[0] is model.graph.inputs[0]
     assert found[-1] is model.graph.outputs[0]

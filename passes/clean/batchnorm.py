@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -84,30 +86,37 @@ def batchnorm_into_matmul_and_add(
     return tape.Add(new, tape.constant(moved, instead_of=b))  # type: ignore[no-any-return]
 
 
-def channels_times(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def scale_into_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
     number = _per_channel(layer, w, c)
     return None if number is None else _folded(tape, layer, x, w, rest, number, np.zeros_like(number))
 
 
-def channels_divided(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def division_into_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
     number = _per_channel(layer, w, c)
     if number is None or not number.all():
         return None
     return _folded(tape, layer, x, w, rest, 1 / number, np.zeros_like(number))
 
 
-def channels_plus(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def shift_into_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
     number = _per_channel(layer, w, c)
     return None if number is None else _folded(tape, layer, x, w, rest, None, number)
 
 
-def channels_minus(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def negative_shift_into_layer(
+    tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value
+) -> Replacement:
     number = _per_channel(layer, w, c)
     return None if number is None else _folded(tape, layer, x, w, rest, None, -number)
 
 
 _STATISTICS = "scale, bias, mean, variance, epsilon=epsilon"
-_AFFINE = {"Mul": channels_times, "Div": channels_divided, "Add": channels_plus, "Sub": channels_minus}
+_AFFINE = {
+    "Mul": scale_into_layer,
+    "Div": division_into_layer,
+    "Add": shift_into_layer,
+    "Sub": negative_shift_into_layer,
+}
 
 RULES: list[Rule] = [
     *(
@@ -136,7 +145,7 @@ def _folded(
     if scale is not None:
         _check_growth(w, layer)
         w = tape.constant(scaled_weight(layer, weight, scale), instead_of=w)
-    attributes = {name: item for name, item in layer.attributes.items() if name != "beta"}
+    attributes: dict[str, Any] = {name: item for name, item in layer.attributes.items() if name != "beta"}
     named = rest[0] if rest else None
     b = tape.constant(moved, f"{layer.name or layer.op_type}_bias", instead_of=named)
     return tape.op("", layer.op_type, x, w, b, **attributes)  # type: ignore[no-any-return]
@@ -208,13 +217,19 @@ def _weight(w: ir.Value) -> Array:
 
 
 def _per_channel(layer: ir.Node, w: ir.Value, c: ir.Value) -> Array | None:
-    """The constant ``c`` as float64 [channels], where it holds one number or one a channel; else None."""
+    """The constant ``c`` as float64 [channels], where it holds one number or one a channel.
+
+    ``None`` where not, or where the layer's output has other uses: then there is nothing unusual about it.
+    """
+    if len(layer.outputs[0].uses()) > 1 or layer.outputs[0].is_graph_output():
+        return None
     weight = constant_tensor(w)
     array = constant_array(c)
     if weight is None or array is None or array.dtype.kind not in "fV":
         return None
     sizes = weight.shape.numpy()
+    channels = output_channels(layer, sizes)
     shape = (1,) * (len(sizes) - array.ndim) + array.shape
-    if len(shape) != len(sizes) or array.size not in (1, shape[1]) or shape[1] not in (1, output_channels(layer, sizes)):
+    if len(shape) != len(sizes) or array.size != shape[1] or shape[1] not in (1, channels):
         return None
-    return np.broadcast_to(array.astype(np.float64).ravel(), (output_channels(layer, sizes),))
+    return np.broadcast_to(array.astype(np.float64).ravel(), (channels,))

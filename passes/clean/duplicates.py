@@ -3,43 +3,108 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import onnx_ir as ir
 
 from ...ir.constants import constant_tensor, is_constant
 from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope, scopes
-from ...ir.storage import MadeTensor
-from ...ir.unused import discard
+from ...ir.storage import MadeTensor, blocks
+from ...ir.unused import discard, is_idle
 from ..base import Context, Pass, register
 
-_HEAD = 1 << 10  # bytes compared as they are; what is larger is told apart by a digest
-_BLOCK = 1 << 20
+_SMALL = 1 << 10  # bytes
 _KEPT_APART = (Kind.SCALE, Kind.ZERO_POINT)
+
+Constant = tuple[ir.Value, ir.TensorProtocol]
 
 
 @register("merge-duplicates")
 class MergeDuplicates(Pass):
     """Keep one of several constants with equal type, shape and bytes.
 
-    A body may use one of the main graph instead of its own where that saves over 1 KiB. Scales and zero points stay
-    apart, for ONNX Runtime fuses quantized operators only where each has its own; so do inputs and outputs.
+    A body gives up its own constant for an initializer of the main graph where that saves over 1 KiB. Scales and zero
+    points stay apart, for ONNX Runtime fuses quantized operators only where each has its own; so do inputs and outputs.
     """
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Reads only tensors that have a possible twin: one of the same type and shape."""
-        outer: dict[str, dict[object, ir.Value]] = {}
+        """Reads only tensors that may have a twin: those that share type and shape, then those that begin alike."""
+        content = _Content()
+        main: list[Constant] = []
         for scope in scopes(model):
-            holder = _holder(scope.prefix)
-            visible = outer.get(holder, {}) if scope.prefix != holder or scope.function is None else {}
-            outer[scope.prefix] = _merge(scope, visible, ctx)
+            own = list(_constants(scope))
+            outer = main if scope.function is None else []
+            kinds = {_kind(tensor) for _, tensor in own if tensor.nbytes > _SMALL} if outer else set()
+            seen = [constant for constant in outer if _kind(constant[1]) in kinds]
+            for twins in _groups([*seen, *own], content):
+                first = twins[0][0]
+                for value, tensor in twins[1:]:
+                    if value.graph is scope.graph:
+                        address = scope.address(value)
+                        value.replace_all_uses_with(first)
+                        discard([value])
+                        ctx.change(address, "merged with an equal constant", bytes=tensor.nbytes)
+            if scope.graph is model.graph:
+                main = [constant for constant in own if constant[0].is_initializer()]
 
 
-def _holder(prefix: str) -> str:
-    """The prefix of the graph around a body."""
-    raise NotImplementedError
+class _Content:
+    """What a tensor holds, read once: its first bytes, and a digest of all."""
+
+    def __init__(self) -> None:
+        self._digests: dict[Hashable, Hashable] = {}
+
+    def head(self, tensor: ir.TensorProtocol) -> Hashable:
+        if isinstance(tensor, MadeTensor):
+            return tensor  # not made only to be compared
+        if tensor.nbytes <= _SMALL:
+            return tensor.tobytes()
+        return next(blocks(tensor))[:_SMALL].tobytes()
+
+    def digest(self, tensor: ir.TensorProtocol) -> Hashable:
+        if isinstance(tensor, MadeTensor) or tensor.nbytes <= _SMALL:
+            return None
+        place: Any = tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            place = (tensor.path, tensor.offset, tensor.length)
+        if place not in self._digests:
+            state = hashlib.blake2b(digest_size=16)
+            for block in blocks(tensor):
+                state.update(block.tobytes())
+            self._digests[place] = state.digest()
+        return self._digests[place]
 
 
-def _merge(scope: Scope, visible: dict[object, ir.Value], ctx: Context) -> dict[object, ir.Value]:
-    raise NotImplementedError
+def _groups(constants: list[Constant], content: _Content) -> Iterator[list[Constant]]:
+    """Lists of equal constants, in the given order."""
+    for alike in _alike(constants, _kind):
+        for near in _alike(alike, content.head):
+            yield from _alike(near, content.digest)
+
+
+def _alike(constants: list[Constant], key: Callable[[ir.TensorProtocol], Hashable]) -> Iterator[list[Constant]]:
+    found: dict[Hashable, list[Constant]] = {}
+    for constant in constants:
+        found.setdefault(key(constant[1]), []).append(constant)
+    return (group for group in found.values() if len(group) > 1)
+
+
+def _kind(tensor: ir.TensorProtocol) -> Hashable:
+    return tensor.dtype, tensor.shape.numpy()
+
+
+def _constants(scope: Scope) -> Iterator[Constant]:
+    """Those that may be merged: initializers first, for they are visible everywhere in the graph."""
+    nodes = (node.outputs[0] for node in scope.graph if node.op_type == "Constant")
+    for value in (*scope.graph.initializers.values(), *nodes):
+        if not is_constant(value) or value.is_graph_output() or is_idle(value) or _is_kept_apart(value):
+            continue
+        tensor = constant_tensor(value)
+        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+            yield value, tensor
+
+
+def _is_kept_apart(value: ir.Value) -> bool:
+    return any(operator(node).port(index).kind in _KEPT_APART for node, index in value.uses())

@@ -1,4 +1,4 @@
-"""Operators that do nothing, as a table of rules. Each holds bit for bit; what does not (x + 0 turns -0 to 0) is left."""
+"""Operators that do nothing, as a table of rules. Each holds bit for bit: x + 0, which turns -0 to 0, is left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..base import Context, Pass, register
 from ..rewrite import Tape, rewrite
 
 _END = 2**31 - 1  # exporters write this, or the largest int64, for "to the end"
-_BITS = {"b": 1, "u": 0, "i": 1}  # bits of the sign
 
 
 @register("remove-identities")
@@ -90,7 +89,7 @@ def transpose_twice(
     perm = [first[axis] for axis in second]
     if perm == list(range(count)):
         return x
-    return tape.Transpose(x, perm=perm) if _only_use(inner) else None  # type: ignore[no-any-return]
+    return tape.Transpose(x, perm=perm) if _only_use(inner) else None
 
 
 def only_one_operand(tape: Tape, x: ir.Value) -> Replacement:
@@ -108,35 +107,15 @@ def reshape_to_the_same_shape(tape: Tape, x: ir.Value, shape: ir.Value, allowzer
     return x if all(want in (zero, -1, size) for want, size in zip(wanted, found, strict=True)) else None
 
 
-@rule("Reshape(inner @ Reshape(x, _), shape, allowzero=allowzero)", shared=True)
-def reshape_of_reshape(
-    tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None
-) -> Replacement:
-    return _reshape_once(tape, inner, x, shape, allowzero)
+def reshape_once(tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None) -> Replacement:
+    """A zero in the outer shape copies a dimension of the inner result, so it stands in the way."""
+    wanted = constant_ints(shape)
+    if wanted is None or (0 in wanted and not allowzero) or not _only_use(inner):
+        return None
+    return tape.Reshape(x, shape, allowzero=allowzero or None)  # type: ignore[no-any-return]
 
 
-@rule("Reshape(inner @ Flatten(x), shape, allowzero=allowzero)", shared=True)
-def reshape_of_flatten(
-    tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None
-) -> Replacement:
-    return _reshape_once(tape, inner, x, shape, allowzero)
-
-
-@rule("Reshape(inner @ Squeeze(x, *_), shape, allowzero=allowzero)", shared=True)
-def reshape_of_squeeze(
-    tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None
-) -> Replacement:
-    return _reshape_once(tape, inner, x, shape, allowzero)
-
-
-@rule("Reshape(inner @ Unsqueeze(x, *_), shape, allowzero=allowzero)", shared=True)
-def reshape_of_unsqueeze(
-    tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None
-) -> Replacement:
-    return _reshape_once(tape, inner, x, shape, allowzero)
-
-
-def to_the_same_shape(tape: Tape, x: ir.Value) -> Replacement:
+def same_shape_as_before(tape: Tape, x: ir.Value) -> Replacement:
     return x if _same_shape(x, tape.root.outputs[0], same_size=tape.root.op_type in _KEEP_SIZE) else None
 
 
@@ -198,11 +177,11 @@ RULES: list[Rule] = [
     transpose_twice,
     *(rule(f"{name}(x)")(only_one_operand) for name in ("Concat", "Sum", "Max", "Min", "Mean", "Split")),
     reshape_to_the_same_shape,
-    reshape_of_reshape,
-    reshape_of_flatten,
-    reshape_of_squeeze,
-    reshape_of_unsqueeze,
-    *(rule(f"{name}(x, *_)")(to_the_same_shape) for name in (*_KEEP_SIZE, "Expand", "Tile")),
+    *(
+        rule(f"Reshape(inner @ {name}, shape, allowzero=allowzero)", shared=True)(reshape_once)
+        for name in ("Reshape(x, _)", "Flatten(x)", "Squeeze(x, *_)", "Unsqueeze(x, *_)")
+    ),
+    *(rule(f"{name}(x, *_)")(same_shape_as_before) for name in (*_KEEP_SIZE, "Expand", "Tile")),
     slice_of_everything,
     pad_by_nothing,
     times_one,
@@ -210,16 +189,6 @@ RULES: list[Rule] = [
     minus_zero,
     plus_zero,
 ]
-
-
-def _reshape_once(
-    tape: Tape, inner: ir.Node, x: ir.Value, shape: ir.Value, allowzero: int | None
-) -> Replacement:
-    """A zero in the outer shape copies a dimension of the inner result, so it stands in the way."""
-    wanted = constant_ints(shape)
-    if wanted is None or (0 in wanted and not allowzero) or not _only_use(inner):
-        return None
-    return tape.Reshape(x, shape, allowzero=allowzero or None)  # type: ignore[no-any-return]
 
 
 def _only_use(node: ir.Node) -> bool:

@@ -18,7 +18,7 @@ class UnifyNames(Pass):
     """
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Walks all graphs once; values and nodes have names apart."""
+        """Walks all graphs once; a value and a node may share a name."""
         kept = dict.fromkeys([*model.graph.inputs, *model.graph.outputs])
         for value in kept:
             if _clean(value.name or "") != value.name:
@@ -50,7 +50,7 @@ class _Known:
             elif value not in kept and (name != "" or value.uses() or value.is_graph_output()):
                 value.name = self.fresh(_clean(name or "") or _stem(value))
                 taken.add(value.name)
-                ctx.change(scope.prefix + (name or ""), f"value renamed to {value.name}")
+                ctx.change(scope.address(value), f"value renamed, {_fault(name)}")
 
     def nodes(self, scope: Scope, ctx: Context) -> None:
         taken = self.node_names
@@ -61,7 +61,7 @@ class _Known:
             else:
                 node.name = self.fresh(_clean(name or "") or node.op_type)
                 taken.add(node.name)
-                ctx.change(scope.prefix + (name or node.op_type), f"node renamed to {node.name}")
+                ctx.change(scope.address(node), f"node renamed, {_fault(name)}")
 
     def fresh(self, stem: str) -> str:
         self.names = self.names or Names(self.model)
@@ -71,6 +71,13 @@ class _Known:
 def _stem(value: ir.Value) -> str:
     node = value.producer()
     return "value" if node is None else f"{_clean(node.name or '') or node.op_type}_output"
+
+
+def _fault(name: str | None) -> str:
+    """What was wrong with a name."""
+    if not name:
+        return "for it had no name"
+    return "for another has that name" if name.isprintable() else "for its name held control characters"
 
 
 def _clean(name: str) -> str:
