@@ -1,9 +1,9 @@
 """penjing: checked, explained compiler passes that make trained ONNX models fit to deploy.
 
-    import penjing
-    model = penjing.load("model.onnx")
-    report = penjing.run(model, "clean,prune-magnitude{sparsity=0.5}")
-    penjing.save(model, "small.onnx")
+import penjing
+model = penjing.load("model.onnx")
+report = penjing.run(model, "clean,prune-magnitude{sparsity=0.5}")
+penjing.save(model, "small.onnx")
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .ir.errors import PenjingError
-    from .ir.files import save
-    from .ir.match import rule
-    from .passes.base import Context, Effect, Pass, Selection
-    from .passes.interop import register_onnx_ir, register_surgeon
-    from .passes.pipeline import Pipeline
-    from .passes.registry import register
-    from .runtime.run import BoundExceeded, run
-    from .runtime.session import load
+    from .ir.errors import PenjingError as PenjingError
+    from .ir.files import save as save
+    from .ir.match import rule as rule
+    from .passes.base import Context as Context
+    from .passes.base import Effect as Effect
+    from .passes.base import Pass as Pass
+    from .passes.base import Selection as Selection
+    from .passes.interop import register_onnx_ir as register_onnx_ir
+    from .passes.interop import register_surgeon as register_surgeon
+    from .passes.pipeline import Pipeline as Pipeline
+    from .passes.registry import register as register
+    from .runtime.run import BoundExceeded as BoundExceeded
+    from .runtime.run import run as run
+    from .runtime.session import load as load
 
 _HOMES = {
     "BoundExceeded": "runtime.run",
@@ -40,7 +45,7 @@ _HOMES = {
     "save": "ir.files",
 }
 
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,9 @@ from .ir.errors import BadFile, PenjingError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-DATA_HELP = "Sample inputs: x.npz (first axis: samples), a folder of .npz, ONNX test_data_set_* folders, FILE.py:FUNCTION."
+DATA_HELP = (
+    "Sample inputs: x.npz (first axis: samples), a folder of .npz, ONNX test_data_set_* folders, FILE.py:FUNCTION."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,11 +66,15 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 @click.option("--check-data", help="Sample inputs for the check alone; --data otherwise.")
 @click.option("--labels", type=click.Path(), help="int64 [samples] as .npy.")
 @click.option("--with", "partners", multiple=True, metavar="NAME=MODEL", help="A partner model, for passes that merge.")
-@click.option("--metric", metavar="FILE.py:FUNCTION", help="Takes an InferenceSession, returns a float; higher is better.")
+@click.option(
+    "--metric", metavar="FILE.py:FUNCTION", help="Takes an InferenceSession, returns a float; higher is better."
+)
 @click.option("--max-drop", type=float, help="The most that the metric may fall, absolute.")
 @click.option("--max-error", type=float, help="Bound on max|Δ|/max|y| of each float output.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Bound on the signal-to-noise ratio of each float output.")
-@click.option("--check", type=click.Choice(["off", "end", "each"]), default="end", show_default=True, help="When to check.")
+@click.option(
+    "--check", type=click.Choice(["off", "end", "each"]), default="end", show_default=True, help="When to check."
+)
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Write the report here as JSON.")

@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
     if not words or words[0] not in JOBS:
         print(f"usage: python3 dev.py {'|'.join(JOBS)} [more words]")
         return 2
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one is told so
         print(f"penjing needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
         return 2
     job, *more = words

@@ -38,7 +38,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         if attribute.name == "value":
             return attribute.as_tensor()
         if attribute.name in _NUMBERS:
-            return ir.tensor(np.asarray(attribute.value, _NUMBERS[attribute.name].numpy()))
+            return ir.Tensor(np.asarray(attribute.value, _NUMBERS[attribute.name].numpy()))
     return None
 
 
@@ -88,7 +88,7 @@ def constant_node(tensor: ir.TensorProtocol, name: str) -> tuple[ir.Value, ir.No
 def constant_before(scope: Scope, node: ir.Node, array: Array, stem: str, names: Names) -> ir.Value:
     """A constant holding ``array``, in the graph of ``scope`` and visible to ``node``."""
     name = names.fresh(stem)
-    value, made = new_constant(scope, ir.tensor(array, name=name), name)
+    value, made = new_constant(scope, ir.Tensor(array, name=name), name)
     if made is None:
         scope.graph.register_initializer(value)
     else:

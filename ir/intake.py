@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 from .address import printable
+from .diagnosis import named
 from .errors import BadFile
 from .external import Bytes, DataFiles
 
@@ -49,6 +50,7 @@ _PLAIN = frozenset(
     }
 )
 T = TypeVar("T")
+_Described = ModelProto | GraphProto | NodeProto | TensorProto | onnx.FunctionProto | onnx.ValueInfoProto
 _DIGITS = re.compile(r"[0-9]{1,19}")
 
 
@@ -82,6 +84,13 @@ class Intake:
     def _refuse(self, sentence: str) -> NoReturn:
         raise BadFile(f"{self.place}{sentence}")
 
+    def _text(self, texts: Sequence[str]) -> None:
+        try:
+            "".join(texts)
+        except TypeError:  # protobuf hands over as bytes what does not decode
+            first = next(text for text in texts if not isinstance(text, str))
+            self._refuse(f": {first!r} is not UTF-8, which names, keys and descriptions must be")
+
     def _model(self, proto: ModelProto) -> None:
         if not proto.HasField("graph") or not proto.HasField("ir_version"):
             missing = "IR version" if proto.HasField("graph") else "graph"
@@ -100,11 +109,14 @@ class Intake:
             )
         if not proto.opset_import:
             self._refuse(" is not a whole ONNX model: it names no operator set (opset_import); it may be cut short")
+        self._text([proto.producer_name, proto.producer_version, proto.domain, proto.doc_string])
+        self._text([entry.domain for entry in proto.opset_import] + _entries(proto))
         self._opsets(proto.opset_import)
         self._unique_keys(proto.metadata_props, "the model")
         if proto.configuration and version < 11:
             self._refuse(f" has device configurations, which need IR version 11; it has {version}")
         names = [(function.domain, function.name, function.overload) for function in proto.functions]
+        self._text([text for name in names for text in name])
         if len(set(names)) < len(names):
             self._refuse(f" defines the function '{printable('::'.join(_twice(names)[:2]))}' twice")
 
@@ -127,6 +139,11 @@ class Intake:
 
     def _function(self, function: onnx.FunctionProto) -> list[GraphProto]:
         where = f"function '{printable(function.name)}'"
+        self._text([function.doc_string, *function.input, *function.output, *function.attribute, *_entries(function)])
+        self._text([entry.domain for entry in function.opset_import])
+        self._text(_info_texts(function.value_info))
+        self._text([attribute.name for attribute in function.attribute_proto])
+        self._text(_node_texts(function.node))
         self._opsets(function.opset_import)
         self._unique_keys(function.metadata_props, where)
         self._unique(function.input, "input", where)
@@ -137,6 +154,11 @@ class Intake:
         return inner + self._nodes(function.node)
 
     def _graph(self, graph: GraphProto) -> list[GraphProto]:
+        self._text([graph.name, graph.doc_string, *_entries(graph)])
+        for infos in (graph.input, graph.output, graph.value_info):
+            self._text(_info_texts(infos))
+        self._text([annotation.tensor_name for annotation in graph.quantization_annotation])
+        self._text(_node_texts(graph.node))
         where = f"graph '{printable(graph.name)}'"
         if graph.sparse_initializer:
             for sparse in graph.sparse_initializer:
@@ -185,7 +207,7 @@ class Intake:
             if node.metadata_props:
                 self._unique_keys(node.metadata_props, node)
             if node.device_configurations and not devices:
-                self._refuse(f": {_name(node)} has device configurations, which need IR version 11")
+                self._refuse(f": {named(node)} has device configurations, which need IR version 11")
         return inner
 
     def _attribute(self, attribute: AttributeProto, owner: NodeProto | str) -> Sequence[GraphProto]:
@@ -208,14 +230,16 @@ class Intake:
         else:
             kind_name = AttributeProto.AttributeType.Name(kind) if kind else "no"
             self._refuse(
-                f": attribute '{printable(attribute.name)}' of {_name(owner)} has {kind_name} type, "
+                f": attribute '{printable(attribute.name)}' of {named(owner)} has {kind_name} type, "
                 "which the IR cannot hold"
             )
         return ()
 
     def _tensor(self, tensor: TensorProto) -> None:
+        self._text((tensor.name, tensor.doc_string))
         if tensor.metadata_props:
             self.labelled = True
+            self._text(_entries(tensor))
             self._unique_keys(tensor.metadata_props, f"tensor '{printable(tensor.name)}'")
         count, size = self._extent(tensor.name, tensor.dims, tensor.data_type)
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -251,6 +275,7 @@ class Intake:
         name = printable(tensor.name)
         if tensor.data_type == TensorProto.STRING:
             self._refuse(f": tensor '{name}' keeps strings in a data file, which ONNX does not allow")
+        self._text([text for entry in tensor.external_data for text in (entry.key, entry.value)])
         keys = {entry.key: entry.value for entry in tensor.external_data}
         for key in ("offset", "length"):
             text = keys.get(key, "0")
@@ -270,6 +295,7 @@ class Intake:
 
     def _fill(self, dense: TensorProto, sparse: SparseTensorProto, name: str) -> None:
         """Write ``sparse`` into ``dense``: values [nnz], indices int64 [nnz] (row-major) or [nnz, rank]."""
+        self._text((name,))
         where = f"sparse tensor '{printable(name)}'"
         values, indices, dims = sparse.values, sparse.indices, list(sparse.dims)
         count, size = self._extent(name, dims, values.data_type)
@@ -301,59 +327,37 @@ class Intake:
 
     def _unique(self, names: Sequence[str], what: str, owner: NodeProto | str) -> None:
         if len(set(names)) < len(names):
-            self._refuse(f": {_name(owner)} has the {what} '{printable(_twice(names))}' twice")
+            self._refuse(f": {named(owner)} has the {what} '{printable(_twice(names))}' twice")
 
     def _unique_keys(self, entries: Sequence[onnx.StringStringEntryProto], owner: NodeProto | str) -> None:
         if len(entries) > 1:
             self._unique([entry.key for entry in entries], "metadata key", owner)
 
 
-def diagnosis(proto: ModelProto, error: BaseException) -> str:
-    """Why onnx_ir could not represent the model, in words; walks the protobuf, so only after a failure."""
-    waiting = [proto.graph]
-    for function in proto.functions:
-        where = f"function '{printable(function.name)}'"
-        if found := _clash(function.input, function.node):
-            return f": in {where} {found}"
-        made = {*function.input, *(name for node in function.node for name in node.output)}
-        for name in function.output:
-            if name not in made:
-                return f": nothing in {where} makes its output '{printable(name)}'"
-        waiting += _inner(function.node)
-    while waiting:
-        graph = waiting.pop()
-        given = [entry.name for entry in (*graph.input, *graph.initializer)]
-        if found := _clash(given, graph.node):
-            return f": in graph '{printable(graph.name)}' {found}"
-        waiting += _inner(graph.node)
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-    if "Map types" in reason:
-        reason = (
-            "it has a value of map type, which the IR cannot hold (for scikit-learn models: convert without ZipMap)"
-        )
-    return f" cannot be represented: {printable(reason)}"
-
-
-def _clash(given: Iterable[str], nodes: Iterable[NodeProto]) -> str:
-    makers = dict.fromkeys(given, "an input or initializer")
+def _node_texts(nodes: Iterable[NodeProto]) -> list[str]:
+    texts: list[str] = []
     for node in nodes:
-        for name in filter(None, node.output):
-            if name in makers:
-                return f"two things make the value '{printable(name)}': {makers[name]} and {_name(node)}"
-            makers[name] = _name(node)
-    return ""
+        texts += (node.name, node.op_type, node.domain, node.overload, node.doc_string)
+        texts += node.input
+        texts += node.output
+        for attribute in node.attribute:
+            texts += (attribute.name, attribute.ref_attr_name, attribute.doc_string)
+        if node.metadata_props:
+            texts += _entries(node)
+    return texts
 
 
-def _inner(nodes: Iterable[NodeProto]) -> list[GraphProto]:
-    return [
-        graph
-        for node in nodes
-        for attribute in node.attribute
-        for graph in (*attribute.graphs, *((attribute.g,) if attribute.HasField("g") else ()))
-    ]
+def _info_texts(infos: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    texts: list[str] = []
+    for info in infos:
+        texts += (info.name, info.doc_string)
+        if info.metadata_props:
+            texts += _entries(info)
+    return texts
+
+
+def _entries(message: _Described) -> list[str]:
+    return [text for entry in message.metadata_props for text in (entry.key, entry.value)]
 
 
 def _stored(tensor: TensorProto, count: int, size: int) -> tuple[int, int, str]:
@@ -364,12 +368,6 @@ def _stored(tensor: TensorProto, count: int, size: int) -> tuple[int, int, str]:
     if kind in _FIELDS:
         return len(getattr(tensor, _FIELDS[kind])), count * _PARTS.get(kind, 1), "entries"
     return len(tensor.int32_data), size if _BITS[kind] in (2, 4) else count, "entries"
-
-
-def _name(owner: NodeProto | str) -> str:
-    if isinstance(owner, str):
-        return owner
-    return f"node '{printable(owner.name or ', '.join(owner.output))}' ({printable(owner.op_type)})"
 
 
 def _twice(names: Sequence[T]) -> T:

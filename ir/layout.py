@@ -63,9 +63,11 @@ def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
     """
     held = list(tensors(model))
     if external is None:
-        came = bool(model.meta.get("penjing.external"))
-        came = came or any(isinstance(tensor, ir.ExternalTensor) for _, tensor in held)
-        external = came or sum(tensor.nbytes for _, tensor in held) > large
+        external = (
+            bool(model.meta.get("penjing.external"))
+            or any(isinstance(tensor, ir.ExternalTensor) for _, tensor in held)
+            or sum(tensor.nbytes for _, tensor in held) > large
+        )
     in_nodes = sum(tensor.nbytes for holder, tensor in held if holder.attribute)
     layout = Layout()
     slots: dict[object, Slot] = {}

@@ -82,6 +82,14 @@ class Pattern:
             yield self.rest
         yield from (bound for _, bound, _ in self.attributes if bound)
 
+    def depth(self) -> int:
+        """How many operators lie on the longest way from the root to an input."""
+        return 1 + max((item.depth() for item in self.inputs if isinstance(item, Pattern)), default=0)
+
+    def nested(self) -> Iterator[tuple[int, str]]:
+        """The inputs that are operators themselves, and of which type."""
+        return ((place, item.op_type) for place, item in enumerate(self.inputs) if isinstance(item, Pattern))
+
     def variants(self) -> list[Pattern]:
         """This pattern with the two inputs of each commutative operator in both orders, distinct ones only."""
         below: list[list[Pattern | str]] = [
@@ -181,19 +189,37 @@ class Rule:
     text: str
     function: Callable[..., Replacement]
     shared: bool = False
-    variants: tuple[Pattern, ...] = ()
+    variants: tuple[tuple[Pattern, tuple[tuple[int, str], ...]], ...] = ()  # and the operators nested in it, by place
 
     @property
     def root(self) -> tuple[str, str]:
         """Domain and type of the operator at which the pattern begins."""
-        return self.variants[0].domain, self.variants[0].op_type
+        return self.variants[0][0].domain, self.variants[0][0].op_type
+
+    @property
+    def depth(self) -> int:
+        """How many operators deep the pattern is."""
+        return self.variants[0][0].depth()
 
     def matches(self, node: ir.Node, opset: Mapping[str, int]) -> Iterator[Match]:
         """Every way in which the pattern matches at ``node``; ``opset`` gives the versions in force there."""
-        for variant in self.variants:
+        for variant, nested in self.variants:
+            if nested and not _begins(node, nested):
+                continue
             match = Match()
             if match.fits(variant, node, opset, self.shared):
                 yield match
+
+
+def _begins(node: ir.Node, nested: tuple[tuple[int, str], ...]) -> bool:
+    """Whether the inputs of ``node`` come from operators of these types: a quick no for most nodes."""
+    inputs = node.inputs
+    for place, op_type in nested:
+        value = inputs[place] if place < len(inputs) else None
+        producer = value.producer() if value is not None else None
+        if producer is None or producer.op_type != op_type:
+            return False
+    return True
 
 
 def rule(text: str, *, shared: bool = False) -> Callable[[Callable[..., Replacement]], Rule]:
@@ -212,7 +238,8 @@ def rule(text: str, *, shared: bool = False) -> Callable[[Callable[..., Replacem
                 f"({', '.join(sorted(names))}); they must be the same."
             )
         words = function.__name__.strip("_").replace("_", " ")
-        return Rule(words, text, function, shared, tuple(pattern.variants()))
+        variants = tuple((variant, tuple(variant.nested())) for variant in pattern.variants())
+        return Rule(words, text, function, shared, variants)
 
     return enter
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .storage import Read, reader
+from .storage import BLOCK, Read, blocks, is_zero, reader
 
 Array = np.ndarray[Any, Any]
 
@@ -116,3 +116,14 @@ def placed(values: Array, axes: Sequence[int | None], rank: int) -> Array | None
         shape[place] = values.shape[axis]
     squeezed = values.reshape([values.shape[axis] for axis in used])
     return squeezed.transpose(np.argsort(known)).reshape(shape) if known else values.reshape(shape)
+
+
+def count_zeros(tensor: ir.TensorProtocol, quantization: Quantization | None = None) -> int:
+    """How many elements stand for 0: equal to 0 (of either sign), or to the zero point."""
+    if quantization is None:
+        return sum(int(np.count_nonzero(is_zero(block))) for block in blocks(tensor))
+    shape, total = tuple(tensor.shape.numpy()), 0
+    for start, block in zip(range(0, tensor.size, BLOCK), blocks(tensor), strict=True):
+        zero_point = quantization.at(quantization.zero_point, shape, start, start + block.size)
+        total += int(np.count_nonzero(block == zero_point))
+    return total

@@ -1,13 +1,14 @@
 """Types and shapes that follow from the operators, by ``onnx.shape_inference``, written onto the values of a model.
 
 The inference gets a copy of the model's structure only, written straight in protobuf's wire format: values are
-numbered, every constant over 1 KiB is an input of its type and shape. So it costs no memory for weights and rebuilds
+numbered, all but the smallest constants are inputs of their type and shape. So it costs no memory for weights and rebuilds
 nothing.
 """
 
 from __future__ import annotations
 
-import struct
+import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -19,9 +20,10 @@ from .constants import constant_tensor
 from .scopes import Scope, scopes, values
 
 Dims: TypeAlias = "tuple[int | str | None, ...]"
-_BIG = 1 << 10  # bytes; no operator reads its output's shape from more
+_INTEGERS, _FLOATS = 128, 16  # elements; no operator reads its output's shape from more
 _CONTRADICTION = -1
 _NO_NAMES = ("", "?", "-1", "None", "none")
+_BYTES = [bytes((number,)) for number in range(128)]
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -148,8 +150,14 @@ def _refine(value: ir.Value, found: Inferred, scope: Scope, outcome: Outcome) ->
         return
     value.type = found.type
     if merged is not None and merged != known:
-        value.shape = ir.Shape(merged)
+        value.shape = ir.Shape(_dimensions(merged))
     outcome.improved.append(scope.address(value))
+
+
+@functools.lru_cache(1024)
+def _dimensions(sizes: Dims) -> tuple[int | ir.SymbolicDim, ...]:
+    """The same with onnx_ir's dimensions, which many shapes may share; making them is what takes time."""
+    return tuple(size if isinstance(size, int) else ir.SymbolicDim(size) for size in sizes)
 
 
 def _merged(known: Dims | None, found: Dims | None) -> Dims | None:
@@ -220,7 +228,8 @@ class _Writer:
 
     def __init__(self, model: ir.Model) -> None:
         self.source = model
-        self.numbers: dict[ir.Value, int] = {}
+        self.numbers: dict[ir.Value, bytes] = {}
+        self.operators: dict[ir.OperatorIdentifier, bytes] = {}
         self.listed: list[ir.Value] = []
         self.names: set[str] = set()  # of dimensions; the inference makes up more
         self.nested = False
@@ -233,13 +242,15 @@ class _Writer:
         return self.listed[int(name)] if name else None
 
     def number(self, value: ir.Value | None) -> bytes:
+        """The name of a value, after its length."""
         if value is None or value.name == "":
-            return b""
+            return b"\x00"
         found = self.numbers.get(value)
         if found is None:
-            found = self.numbers[value] = len(self.listed)
+            name = b"%d" % len(self.listed)
+            found = self.numbers[value] = b"%c%b" % (len(name), name)
             self.listed.append(value)
-        return b"%d" % found
+        return found
 
     def model(self, pins: Iterable[ir.Value]) -> bytes:
         model = self.source
@@ -274,13 +285,14 @@ class _Writer:
 
     def node(self, node: ir.Node) -> bytes:
         number = self.number
-        parts = [_chunk(1, number(value)) for value in node.inputs]
-        parts += [_chunk(2, number(value)) for value in node.outputs]
-        parts.append(_chunk(4, node.op_type.encode()))
-        if node.domain:
-            parts.append(_chunk(7, node.domain.encode()))
-        if node.overload:
-            parts.append(_chunk(8, node.overload.encode()))
+        parts = [b"\x0a" + number(value) for value in node.inputs]
+        parts += [b"\x12" + number(value) for value in node.outputs]
+        key = node.op_identifier()
+        operator = self.operators.get(key)
+        if operator is None:
+            domain, op_type, overload = (word.encode() for word in key)
+            operator = self.operators[key] = _chunk(4, op_type) + _chunk(7, domain) + _chunk(8, overload)
+        parts.append(operator)
         if node.attributes:
             parts += [_chunk(5, self.attribute(attribute)) for attribute in node.attributes.values()]
         return b"".join(parts)
@@ -305,28 +317,35 @@ class _Writer:
 
     def info(self, value: ir.Value, typed: bool) -> bytes:
         """A ValueInfoProto."""
-        name = _chunk(1, self.number(value))
+        name = b"\x0a" + self.number(value)
         return name + _type(value.type, value.shape) if typed and value.type is not None else name
 
     def constant(self, value: ir.Value, tensor: ir.TensorProtocol | None) -> None:
         """Constants of all graphs become the main graph's, visible everywhere: a body's inputs are its own."""
-        name = self.number(value)
+        name = b"\x0a" + self.number(value)
         if tensor is None:
             self.inputs.append(_chunk(11, self.info(value, True)))
-        elif tensor.nbytes > _BIG or tensor.dtype == ir.DataType.STRING:
-            sort = _type(ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy()))
-            self.inputs.append(_chunk(11, _chunk(1, name) + sort))
+            return
+        sizes, dtype = static_dims(value), tensor.dtype
+        if sizes is None:
+            sizes = tuple(tensor.shape.numpy())
+        if dtype == ir.DataType.STRING or math.prod(sizes) > (_INTEGERS if dtype.is_integer() else _FLOATS):
+            self.inputs.append(_chunk(11, name + _tensor_type(dtype, sizes)))
         else:
-            sizes = b"".join(b"\x08" + _varint(size) for size in tensor.shape.numpy())
-            kind = b"\x10" + _varint(int(tensor.dtype))
+            whole = b"".join(b"\x08" + _varint(size) for size in sizes) + b"\x10" + _varint(int(dtype))
             data = _chunk(9, tensor.tobytes())
-            self.initializers.append(_chunk(5, sizes + kind + _chunk(8, name) + data))
+            self.initializers.append(_chunk(5, whole + b"\x42" + name[1:] + data))
 
     def _note_names(self) -> None:
         for scope in scopes(self.source):
             for value in values(scope.graph):
                 if value.shape is not None:
                     self.names.update(d.value for d in value.shape if not isinstance(d, int) and d.value)
+
+
+@functools.lru_cache(1024)
+def _tensor_type(dtype: ir.DataType, sizes: tuple[int, ...]) -> bytes:
+    return _type(ir.TensorType(dtype), ir.Shape(sizes))
 
 
 def _attribute(attribute: ir.Attr) -> bytes:
@@ -342,7 +361,7 @@ def _type(sort: ir.TypeProtocol, shape: ir.Shape | None) -> bytes:
 
 def _varint(number: int) -> bytes:
     if number < 128:
-        return struct.pack("B", number)
+        return _BYTES[number]
     parts = bytearray()
     while number >= 128:
         parts.append(number & 127 | 128)

@@ -18,7 +18,7 @@ BLOCK = 1 << 16  # elements; 256 KiB of float32 stay in a core's cache from one 
 DISTINCT_LIMIT = 1 << 16
 
 Array = np.ndarray[Any, Any]
-Read = Callable[[int, int], Array]  # flat elements [start, stop) in C order, start a multiple of 4
+Read = Callable[[int, int], Array]  # flat elements [start, stop) in C order
 
 
 class MadeTensor(ir.LazyTensor):
@@ -93,18 +93,14 @@ def _packed_bytes(tensor: ir.TensorProtocol) -> Array | None:
 
 def _unpacker(packed: Array, dtype: ir.DataType) -> Read:
     def read(start: int, stop: int) -> Array:
-        part = packed[start * dtype.bitwidth // 8 : math.ceil(stop * dtype.bitwidth / 8)]
-        return ir.PackedTensor(part, dtype, shape=[stop - start]).numpy()
+        even = start // 4 * 4  # four elements of 2, 4 or 6 bits fill whole bytes
+        part = packed[even * dtype.bitwidth // 8 : math.ceil(stop * dtype.bitwidth / 8)]
+        return ir.PackedTensor(part, dtype, shape=[stop - even]).numpy()[start - even :]
 
     return read
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
-
-
-def count_zeros(tensor: ir.TensorProtocol) -> int:
-    """How many elements equal 0; both signs of a float's zero count."""
-    return sum(int(np.count_nonzero(is_zero(block))) for block in blocks(tensor))
 
 
 def is_zero(block: Array) -> Array:
@@ -211,14 +207,13 @@ def value_bytes(counts: Array, bits: int) -> int:
     return math.ceil((int(present.sum()) * entropy(present) + present.size * bits) / 8)
 
 
-def entropy_bytes(tensor: ir.TensorProtocol, zeros: int | None = None) -> int:
+def entropy_bytes(tensor: ir.TensorProtocol, zeros: int) -> int:
     """The least bytes that any of three storages could take: dense, mask and non-zeros, coded values and their table.
 
-    ``zeros`` are the elements that carry nothing (for quantized weights: those equal to the zero point); counted
-    here where not given. The bounds look at elements one by one, so a compressor that finds repeats may do better.
+    ``zeros`` are the elements that carry nothing: those equal to zero, or to the zero point. The bounds look at
+    elements one by one, so a compressor that finds repeats may do better.
     """
     bits, size = tensor.dtype.bitwidth, tensor.size
-    zeros = count_zeros(tensor) if zeros is None else zeros
     best = min(int(tensor.nbytes), mask_bytes(size, zeros, bits))
     found = value_counts(tensor)
     return best if found is None else min(best, value_bytes(found[1], bits))

@@ -16,8 +16,7 @@ def take_out(node: ir.Node) -> list[ir.Value]:
     Raises ``ValueError`` where an output of it is still used.
     """
     freed = [value for value in node.inputs if value is not None]
-    if node.attributes:
-        freed += [value for _, body in bodies(node) for value in _used(body) if value.graph is not body]
+    freed += [value for _, body in bodies(node) for value in _used(body) if value.graph is not body]
     drop(node)
     return freed
 

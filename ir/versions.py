@@ -42,7 +42,7 @@ def needed_ir_version(model: ir.Model) -> int:
     9: defaults of function attributes, float8; 10: int4, overloads; 11: float4, device configurations; 12: float8e8m0;
     13: int2; 14: float6. Metadata and quantization annotations count for nothing: older readers skip them.
     """
-    return max(3, *_needs(model))
+    return max([3, *_needs(model)])
 
 
 def _needs(model: ir.Model) -> Iterator[int]:

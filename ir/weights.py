@@ -20,18 +20,8 @@ import onnx_ir as ir
 
 from .address import graphs
 from .ops import Kind
-from .quantization import NARROW, Quantization, magnitude_reader
-from .storage import (
-    BLOCK,
-    Array,
-    MadeTensor,
-    Read,
-    StreamedTensor,
-    count_zeros,
-    distinct,
-    entropy_bytes,
-    reader,
-)
+from .quantization import NARROW, Quantization, count_zeros, magnitude_reader
+from .storage import Array, MadeTensor, Read, distinct, entropy_bytes
 from .trace import Tracer, Use, constant
 
 __all__ = ["Quantization", "Use", "Weight", "constant", "weights"]
@@ -163,15 +153,7 @@ class Weight:
 
     def zeros(self) -> int:
         """How many elements are pruned already: equal to zero, or to the zero point."""
-        quantization = self.quantization
-        if quantization is None:
-            return count_zeros(self.tensor)
-        read, size, shape = reader(self.tensor), self.size, self.shape
-        spans = ((start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
-        return sum(
-            int(np.count_nonzero(read(*span) == quantization.at(quantization.zero_point, shape, *span)))
-            for span in spans
-        )
+        return count_zeros(self.tensor, self.quantization)
 
     def distinct(self, limit: int = 1 << 16) -> int | None:
         """How many distinct stored values, or None where there are more than ``limit``."""
@@ -183,27 +165,19 @@ class Weight:
 
     # Replacing ----------------------------------------------------------------------------------------------------
 
-    def replace(self, new: Array | Callable[[], Array], *, provenance: str = "") -> None:
-        """Store ``new``: an array of any type and shape, or a function that makes one of the present type and shape.
+    def replace(self, new: Array | ir.TensorProtocol | Callable[[], Array], *, provenance: str = "") -> None:
+        """Store ``new``: an array or tensor, or a function that makes an array of the present type and shape.
 
         A function is called each time the tensor is read, at the latest when the model is saved, and its result is
-        dropped. ``provenance`` is a short text that tells how. Tensors are never written to, for copies of the model
-        share them.
+        dropped; ``provenance`` is a short text that tells how it is made. To make parts at a time, give a
+        ``storage.StreamedTensor``. Tensors are never written to, for copies of the model share them.
         """
         old = self.tensor
-        if callable(new):
-            self._store(MadeTensor(new, old.dtype, _shape(old), name=old.name, provenance=f"lazy: {provenance}"))
-        else:
-            self._store(ir.Tensor(np.asarray(new), name=old.name))
-
-    def stream(self, open: Callable[[], Read], *, provenance: str = "") -> None:
-        """Store a tensor of the present type and shape that is made a flat part at a time.
-
-        ``open()`` begins a sweep and returns ``read(start, stop)``: ``start`` is a multiple of 4, no more than 64 Ki
-        elements are asked for, and a part may be overwritten by the next one.
-        """
-        old = self.tensor
-        self._store(StreamedTensor(open, old.dtype, _shape(old), name=old.name, provenance=f"lazy: {provenance}"))
+        if isinstance(new, np.ndarray):
+            new = ir.Tensor(new, name=old.name)
+        elif callable(new):
+            new = MadeTensor(new, old.dtype, _shape(old), name=old.name, provenance=f"lazy: {provenance}")
+        self._store(new)
 
     def _store(self, tensor: ir.TensorProtocol) -> None:
         changed = (tensor.dtype, tensor.shape) != (self.dtype, self.tensor.shape)

@@ -8,7 +8,6 @@ A quote inside quotes is doubled. A ``word`` holds no space, comma, brace, paren
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 import types
@@ -28,13 +27,12 @@ def keys(cls: type[Any]) -> dict[str, str]:
     return {item.name.replace("_", "-"): item.name for item in dataclasses.fields(cls) if item.init}
 
 
-@functools.cache
-def field_types(cls: type[Any]) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """The resolved types of the fields of ``cls``."""
     return typing.get_type_hints(cls)
 
 
-def read_options(cls: type[Any], name: str, written: dict[str, Raw]) -> dict[str, Any]:
+def read_options(cls: Any, name: str, written: dict[str, Raw]) -> dict[str, Any]:
     """Keyword arguments for ``cls`` from options as written; raises ``UsageError`` for an unknown key or bad value."""
     known, result = keys(cls), {}
     for key, raw in written.items():

@@ -23,6 +23,7 @@ from .base import Context
 
 __all__ = ["Tape", "rewrite"]
 
+_FEW = 4
 RULE = "penjing.rule"  # the key in a new node's meta
 
 
@@ -88,7 +89,7 @@ class Tape:
         return value
 
     def _constant(self, array: Array, name: str) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
+        tensor = ir.Tensor(array, name=name)
         if self.scope.function is not None:
             value, node = constant_node(tensor, name)
             self.nodes.append(node)
@@ -96,6 +97,13 @@ class Tape:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.constants.append(value)
         return value
+
+
+    def undo(self) -> None:
+        """Let go of what the nodes here use, so that they count as no users of it."""
+        for node in self.nodes:
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
 
 
 def rewrite(model: ir.Model, rules: Iterable[Rule], ctx: Context) -> int:
@@ -116,6 +124,11 @@ class _Rewriter:
             self.rules.setdefault(item.root, []).append(item)
         self.applied: Counter[str] = Counter()
         self.declined: dict[ir.Node, tuple[str, str]] = {}
+        self.seen: set[ir.Node] = set()  # never walked, so its order does not matter
+        self.again: dict[ir.Node, None] = {}
+        self.depth = max((item.depth for item in rules), default=1) - 1
+        self.walking = True
+        self.limit = 0
 
     @cached_property
     def names(self) -> Names:
@@ -123,59 +136,68 @@ class _Rewriter:
         return Names(self.model)
 
     def run(self) -> int:
-        total, swept = 0, -1
-        while total != swept:
-            swept = total
-            for scope in list(scopes(self.model)):
-                total += self.sweep(scope)
+        """A walk over all graphs meets what a rewrite enables downstream; what it enables elsewhere comes again."""
+        found = list(scopes(self.model))
+        self.limit = 10 * sum(len(scope.graph) for scope in found) + 1000
+        for scope in found:
+            for node in scope.graph:  # new nodes come after the root, so that the walk meets them too
+                self.visit(scope, node)
+        self.walking = False
+        places = {scope.graph: scope for scope in found}
+        while self.again:
+            nodes, self.again = list(self.again), {}
+            for node in nodes:
+                if node.graph in places:
+                    self.visit(places[node.graph], node)
         for node, (address, reason) in self.declined.items():
             if node.graph is not None:
                 self.ctx.skip(address, reason)
-        return total
+        return self.applied.total()
 
-    def sweep(self, scope: Scope) -> int:
-        """One walk over a graph. New nodes come after the root, so that the walk meets them too."""
-        count, rules, limit = 0, self.rules, 10 * len(scope.graph) + 1000
-        for node in scope.graph:
-            candidates = rules.get((node.domain, node.op_type))
-            if candidates is not None and self.rewritten(scope, node, candidates):
-                count += 1
-                if count > limit:
-                    self.refuse(count)
-        return count
+    def visit(self, scope: Scope, node: ir.Node) -> None:
+        candidates = self.rules.get((node.domain, node.op_type))
+        if candidates is not None and not self.rewritten(scope, node, candidates):
+            self.seen.add(node)
 
     def rewritten(self, scope: Scope, node: ir.Node, candidates: list[Rule]) -> bool:
         for item in candidates:
             for match in item.matches(node, scope.opset):
+                tape = Tape(scope, match, lambda: self.names)
                 try:
-                    tape = Tape(scope, match, lambda: self.names)
                     found = item.function(tape, **match.names)
-                    if found is None:
-                        continue
-                    self.apply(item, tape, match, found if isinstance(found, tuple) else (found,))
+                    if found is not None:
+                        self.apply(item, tape, match, found if isinstance(found, tuple) else (found,))
+                        return True
                 except Declined as reason:
                     self.declined[node] = (scope.address(node), f"{item.name}: {reason}")
-                    continue
-                return True
+                tape.undo()
         return False
 
     def apply(self, item: Rule, tape: Tape, match: Match, found: tuple[ir.Value | None, ...]) -> None:
         root, graph = tape.root, tape.scope.graph
+        if len(found) != len(root.outputs):
+            raise PenjingError(
+                f"The rule '{item.name}' gave {len(found)} values for the {len(root.outputs)} outputs of "
+                f"{tape.scope.address(root)}; give one for each, None for one that nothing uses."
+            )
         pairs = list(zip(root.outputs, found, strict=True))
         _check_outputs(pairs, tape)
         address = tape.scope.address(root)
         for node in tape.nodes:
             node.meta[RULE] = item.name
-        self.names_of_nodes(tape, found)
+        if tape.nodes:
+            self.names_of_nodes(tape, found)
         for value in tape.constants:
             graph.register_initializer(value)
         new = {value for node in tape.nodes for value in node.outputs}
         for old, heir in pairs:
             if heir is not None:
                 _move(old, heir, heir in new)
-        self.names_of_values(tape)
-        graph.insert_after(root, tape.nodes)
+        if tape.nodes:
+            self.names_of_values(tape)
+            graph.insert_after(root, tape.nodes)
         freed = take_out(root)
+        self.seen.discard(root)
         for node in match.nodes[1:]:
             if node.graph is not None:
                 freed += node.outputs
@@ -183,9 +205,29 @@ class _Rewriter:
         for value, old in tape.heirs:
             if not _is_there(old):
                 value.name = old.name
+        self.come_again(freed)
+        self.come_again(value for value in found if value is not None)
+        if not self.walking:
+            self.again.update(dict.fromkeys(tape.nodes))
         self.declined.pop(root, None)
         self.applied[item.name] += 1
         self.ctx.change(address, item.name)
+        if self.applied.total() > self.limit:
+            self.refuse()
+
+    def come_again(self, values: Iterable[ir.Value]) -> None:
+        """Visit once more the nodes near ``values`` that were visited before: a rule may fit them now.
+
+        A value with many uses, often a constant, is inside no match that cares for how many it has.
+        """
+        seen, again = self.seen, self.again
+        for value in values:
+            near = value.uses()
+            if len(near) > _FEW:
+                continue
+            for _ in range(self.depth):
+                again.update((node, None) for node, _ in near if node in seen)
+                near = [use for node, _ in near for output in node.outputs for use in output.uses()]
 
     def names_of_values(self, tape: Tape) -> None:
         for node in tape.nodes:
@@ -204,10 +246,10 @@ class _Rewriter:
             elif node.name is None:
                 node.name = f"{root.name or root.op_type}_{node.op_type}_{place}"
 
-    def refuse(self, count: int) -> None:
+    def refuse(self) -> None:
         name = self.applied.most_common(1)[0][0]
         raise PenjingError(
-            f"The rules go round in circles: {count} rewrites in one walk, most by '{name}'. A rule must not match "
+            f"The rules go round in circles: {self.applied.total()} rewrites, most by '{name}'. A rule must not match "
             "what it wrote; let it decline there."
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,9 +21,8 @@ from ..ir.verify import problems
 from ..passes.base import Context, Effect, Feeds, Outputs, Pass
 from ..passes.instruments import Instrument, Step
 from .compare import Comparison, Judge
+from .report import Mode
 from .session import OrtRunner
-
-Mode = Literal["off", "end", "each"]
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Breach(PenjingError):
 
     exit_code = 1
 
-    def __init__(self, pass_: str, reasons: list[str], before: ir.Model | None, feeds: Sequence[Outputs]) -> None:
+    def __init__(self, pass_: str, reasons: list[str], before: ir.Model | None, feeds: Feeds) -> None:
         self.pass_ = pass_
         self.reasons = reasons
         self.before = before
@@ -141,7 +140,7 @@ def compare_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtR
 
 
 def bisect(passes: Sequence[Pass], start: ir.Model, feeds: Feeds, runner: OrtRunner, ctx: Context) -> Breach | None:
-    """Run ``passes`` again one by one from ``start``; the first that breaks the model or its promise, with its evidence.
+    """Run ``passes`` again one by one from ``start``; the first that breaks the model or its promise, with evidence.
 
     Passes are deterministic for a seed, so the second run does what the first did. ``None``: each alone holds.
     """
@@ -171,7 +170,9 @@ def _judge_reference(
     effect: Effect, expected: Callable[[Feeds], Iterator[Outputs]], after: ir.Model, feeds: Feeds, runner: OrtRunner
 ) -> list[str]:
     judge, exact = Judge(), Judge()
-    runs = zip(expected(feeds), _guarded(runner, after, feeds), _guarded(runner, after, feeds, "off"))
+    runs = zip(
+        expected(feeds), _guarded(runner, after, feeds), _guarded(runner, after, feeds, "off"), strict=False
+    )  # a failed run ends its row
     for wanted, full, plain in runs:
         if isinstance(full, str) or isinstance(plain, str):
             return [found for found in (full, plain) if isinstance(found, str)]

@@ -29,7 +29,9 @@ def tell(console: Console, output: str | None = None) -> None:
         model = load(zoo.path(MODEL))
         console.print("[bold]2.[/] The passes: clean it up, then make half of its weights zero, the smallest first.")
         console.print(f"   [cyan]{PASSES}[/]\n")
-        console.print("[bold]3.[/] The proof: every pass is held to what it promises, on the test images in ONNX Runtime;")
+        console.print(
+            "[bold]3.[/] The proof: every pass is held to what it promises, on the test images in ONNX Runtime;"
+        )
         console.print(f"   accuracy may fall by {MAX_DROP} at most, else nothing is written.\n")
         report = run(
             model,

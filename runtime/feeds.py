@@ -21,15 +21,15 @@ import onnx_ir as ir
 
 from ..ir.errors import BadFeeds, PenjingError, UsageError, nearest
 from ..passes.base import Array, Outputs
-from .session import DoesNotRun, bounded_run
+from .session import TRIAL_BYTES, DoesNotRun, bounded_run
 
 Feed = dict[str, Any]  # arrays by input name; lists for sequences, None for empty optionals
 Path_ = str | os.PathLike[str]
 
 BATCH = 64  # samples a run, where the model leaves the batch open
-SIZES = (1, 16, 32, 64, 96, 224, 320, 16000)  # tried for open dimensions: lengths, image sides, a second of sound
+SIZES = (16, 32, 64, 96, 224, 320, 16000, 1)  # tried for open dimensions; 1 last, since it shows the least of a model
 RATES = (1, 8000, 16000)  # tried for integer scalars and vectors: a count, or a sampling rate in Hz
-RANDOM_BYTES = 2**30  # a random feed may take
+RANDOM_BYTES = TRIAL_BYTES // 4  # a random feed may take: what is computed from it must fit as well
 
 
 class NoFeeds(PenjingError):
@@ -527,7 +527,7 @@ def _resolve(one: _Input, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def _too_big(inputs: Sequence[_Input], sizes: Mapping[str, int]) -> str | None:
     total = sum(math.prod(_resolve(one, sizes)) * _item_bytes(one.dtype) for one in inputs)
-    return f"its inputs take {total / 2**30:.1f} GiB" if total > RANDOM_BYTES else None
+    return f"its inputs take {total / 2**20:,.0f} MiB" if total > RANDOM_BYTES else None
 
 
 def _item_bytes(dtype: ir.DataType | None) -> float:

@@ -9,12 +9,14 @@ import math
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..ir.summary import Figures
 from ..passes.instruments import Step
 from ..passes.ledger import Ledger
 from .compare import Comparison
+
+Mode = Literal["off", "end", "each"]
 
 SCHEMA = 1  # raised when a reader of an older report would misread a newer one
 SHOWN_ENTRIES = 1000  # changes and skips listed one by one for each pass; beyond, only counted
@@ -50,9 +52,9 @@ class PassReport:
 
 @dataclass
 class CheckReport:
-    """How the result was checked: ``feeds`` says on what, ``segments`` the verdicts, ``comparison`` input and output."""
+    """How the result was checked: ``feeds`` says on what, ``segments`` the verdicts, ``comparison`` the whole."""
 
-    mode: str
+    mode: Mode
     feeds: str | None = None
     random: bool = False
     not_run: str | None = None
@@ -85,7 +87,7 @@ class MetricReport:
 
 @dataclass
 class Report:
-    """Everything about one run of a pipeline. ``failure`` says in a sentence why it failed, ``None`` when it did not."""
+    """Everything about one run of a pipeline. ``failure`` says why it failed, in a sentence; else it is ``None``."""
 
     source: str | None
     passes_text: str
@@ -103,7 +105,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values, by ``report.schema.json``; infinities and NaN become ``null``."""
-        return _finite(
+        found: dict[str, Any] = _finite(
             {
                 "schema": SCHEMA,
                 "versions": versions(),
@@ -122,6 +124,7 @@ class Report:
                 "reproducer": self.reproducer,
             }
         )
+        return found
 
     def write(self, path: str | Path) -> None:
         """Write the report as JSON."""

@@ -1,11 +1,11 @@
 """A folder that fails alone: the model, the pipeline text, the feeds, the seed and the versions of a breach.
 
-    OUT.reproducer/
-        reproduce.py       run me: exit code 1 where the breach shows again
-        run.json           pipeline text, seed, bounds, versions, what was found
-        model.onnx         the model that the bad pass was given
-        feeds/*.npz        the runs that show it
-        pass_*.py          sources of passes that are not penjing's own; metric.py, the user's metric
+OUT.reproducer/
+    reproduce.py       run me: exit code 1 where the breach shows again
+    run.json           pipeline text, seed, bounds, versions, what was found
+    model.onnx         the model that the bad pass was given
+    feeds/*.npz        the runs that show it
+    pass_*.py          sources of passes that are not penjing's own; metric.py, the user's metric
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_reproducer(
         room -= sum(np.asarray(value).nbytes for value in feed.values())
         if index and room < 0:
             break
-        np.savez(folder / "feeds" / f"{index:03}.npz", **feed)
+        np.savez(folder / "feeds" / f"{index:03}.npz", allow_pickle=False, **feed)
     passes = sorted({report.name for report in report.passes})
     facts = {
         "found": breach.reasons,
@@ -136,7 +136,8 @@ def _copy_metric(metric: Callable[[Any], float] | str | None, folder: Path) -> s
 
 def _import(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

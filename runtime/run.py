@@ -18,12 +18,12 @@ from ..ir.summary import figures
 from ..passes.base import Array, Context, Feeds
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
-from .check import Breach, Checker, Mode, bisect, changes_interface, compare_models
+from .check import Breach, Checker, bisect, changes_interface, compare_models
 from .compare import Comparison
 from .feeds import Feeds as FeedSet
 from .feeds import NoFeeds, load_function, random_feeds, read_feeds, read_labels
 from .progress import Progress
-from .report import CheckReport, MetricReport, PassReport, Report
+from .report import CheckReport, MetricReport, Mode, PassReport, Report
 from .reproducer import write_reproducer
 from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
 
@@ -199,7 +199,7 @@ class _Proof:
         return Breach(str(self.pipeline), [reason], self.model, self.feeds or ())
 
     def _choose_feeds(self, checked: FeedSet | None) -> Feeds | None:
-        """What the check runs on: what was given, else random feeds; ``None`` where there is no check, or it cannot be."""
+        """What the check runs on: what was given, else random feeds; ``None`` where there is no check."""
         check, wanted = self.report.check, self.report.check.mode != "off" or self.bounds.on_outputs
         if not wanted:
             return None
@@ -212,6 +212,7 @@ class _Proof:
             self.report.warnings.append(f"check: not run ({error})")
             return None
         check.feeds, check.random = feeds.describe(), feeds.random
+        self.report.warnings += feeds.notes
         return feeds
 
 
@@ -224,7 +225,7 @@ class _Recorder(Instrument):
 
 
 def unchanged(passes: Sequence[PassReport]) -> list[str]:
-    """A warning for each pass, or named pipeline as a whole, that changed nothing; it names what was skipped and why."""
+    """A warning for each pass, or named pipeline as a whole, that changed nothing; it names the skips."""
     warnings = []
     for group, members in itertools.groupby(passes, key=lambda report: report.group or id(report)):
         reports = list(members)

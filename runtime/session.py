@@ -210,7 +210,7 @@ class OrtRunner:
         prepack: bool | None = None,
     ) -> None:
         self.metric = metric
-        self.metric_name = metric_name or getattr(metric, "__name__", "metric")
+        self.metric_name = str(metric_name or getattr(metric, "__name__", "metric"))
         self.threads = threads
         self.prepack = prepack
 

@@ -1,4 +1,4 @@
-"""Wrong passes are caught: structure by the verifier, numbers by the check, bisected, with a reproducer that fails alone."""
+"""Wrong passes are caught: structure by the verifier, numbers by the check; bisected, and reproduced alone."""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ def test_strict_makes_warnings_errors(call: Any, small: Path, tmp_path: Path) ->
 
 
 def test_print_shows_what_changed(call: Any, small: Path, tmp_path: Path) -> None:
-    code, shown, _ = call("run", small, "-p", "prune-magnitude{sparsity=0.5}", "-o", tmp_path / "o.onnx", "--print", "changed")
+    code, shown, _ = call(
+        "run", small, "-p", "prune-magnitude{sparsity=0.5}", "-o", tmp_path / "o.onnx", "--print", "changed"
+    )
     assert code == 0
     assert "=== prune-magnitude{sparsity=0.5} changed" in shown
     assert "-%w" in shown or "- %w" in shown or "-  %w" in shown
@@ -148,7 +150,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "unknown pass": ([MLP, "-p", "prune-magnitud", "-o", out], "Did you mean 'prune-magnitude'?"),
         "unknown option": ([MLP, "-p", "prune-magnitude{sparcity=1}", "-o", out], "Did you mean 'sparsity'?"),
         "bad value": ([MLP, "-p", "prune-magnitude{sparsity=2}", "-o", out], "sparsity"),
-        "unknown name": ([MLP, "-p", "prune-magnitude{sparsity=0.5 only=op:Gem}", "-o", out], "Did you mean 'op:Gemm'?"),
+        "unknown name": (
+            [MLP, "-p", "prune-magnitude{sparsity=0.5 only=op:Gem}", "-o", out],
+            "Did you mean 'op:Gemm'?",
+        ),
         "unknown flag": ([MLP, *common, "--datum", "x"], "--data"),
         "feed name": ([MLP, *common, "--data", folder / "name.npz"], "picture"),
         "feed shape": ([MLP, *common, "--data", folder / "shape.npz"], "image"),
@@ -250,4 +255,8 @@ def test_an_interrupt_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
     assert child.returncode == 130
     assert "interrupted" in error
     assert "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] in (["slow.py"], ["slow.py", "__pycache__"], ["__pycache__", "slow.py"])
+    assert [path.name for path in tmp_path.iterdir()] in (
+        ["slow.py"],
+        ["slow.py", "__pycache__"],
+        ["__pycache__", "slow.py"],
+    )

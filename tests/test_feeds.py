@@ -213,7 +213,7 @@ def test_load_function_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text("from sibling_of_mine import VALUE\ndef accuracy(session):\n    return VALUE\n")
     assert load_function(f"{path}:accuracy", "--metric")(None) == 7
     monkeypatch.chdir(tmp_path)
-    assert load_function("sibling_of_mine:VALUE.__class__".partition(".")[0] and "math:sqrt", "--metric")(4) == 2
+    assert load_function("math:sqrt", "--metric")(4) == 2
 
     def refused(spec: str) -> str:
         with pytest.raises(UsageError) as found:
@@ -272,8 +272,9 @@ def test_sizes_are_mixed_once_alike_ones_fail_and_batch_falls_to_one(parse: Pars
     model = parse("g (float[b, c, t] x) => (float[b, c, t] y) { y = Relu(x) }")
     feeds, tried = recorded(model, lambda feed: feed["x"].shape == (1, 16, 64))
     shapes = [one["x"] for one in tried]
-    assert shapes.index((1, 1, 1)) == len(room.SIZES)
-    assert shapes.index((2, 1, 16)) == 2 * len(room.SIZES)
+    alike = [size for size in room.SIZES if 8 * size**2 <= room.RANDOM_BYTES]
+    assert shapes[: 2 * len(alike)] == [(batch, size, size) for batch in (2, 1) for size in alike]
+    assert shapes[2 * len(alike) :][:3] == [(2, 1, 16), (2, 16, 1), (2, 1, 32)]
     assert feeds.describe() == "3 random feeds (b=1, c=16, t=64)"
 
 
@@ -281,7 +282,7 @@ def test_values_by_type_and_rank(parse: Parse) -> None:
     model = parse(
         "g (float[2, 50] f, int64[2, 50] i, int32[2] v, int64 rate, bool[2] b, string[2] s) => (float y) { y = Sum(f) }"
     )
-    feeds, tried = recorded(model := _without_nodes(model), lambda feed: int(feed["rate"]) == 16000)
+    feeds, tried = recorded(model, lambda feed: int(feed["rate"]) == 16000)
     assert [one["rate"] for one in tried[:3]] == [1, 8000, 16000]
     [feed, *_] = feeds
     assert set(np.unique(feed["i"])) == {0, 1}
@@ -292,13 +293,9 @@ def test_values_by_type_and_rank(parse: Parse) -> None:
     assert 0.7 < float(feed["f"].std()) < 1.3
 
 
-def _without_nodes(model: ir.Model) -> ir.Model:
-    return model
-
-
 def test_reasons_for_no_feeds(parse: Parse) -> None:
-    model = parse("g (float[2, 3] x, float[3, 2] z) => (float[2, 3] y) { y = Add(x, z) }")
-    with pytest.raises(NoFeeds, match="no random feed ran; of 1 tried, the first failed: .*broadcast"):
+    model = parse("g (float[2, 3] x, int64[1] i) => (float[1, 3] y) { j = Sub(i, i)  k = Sub(j, i)  y = Tile(x, k) }")
+    with pytest.raises(NoFeeds, match="no random feed ran; of 3 tried, the first failed: a node Tile: "):
         random_feeds(model, 0)
     model = parse("g (float[2] x) => (float[2] y) { m = Sub(x, x)  y = Div(m, m) }")
     with pytest.raises(NoFeeds, match="all outputs are NaN"):
@@ -307,10 +304,10 @@ def test_reasons_for_no_feeds(parse: Parse) -> None:
     with pytest.raises(NoFeeds, match="the model does not run: No Op registered"):
         random_feeds(model, 0)
     model = parse("g (float[n, 100000, 10000] x) => (float[n] y) { y = ReduceSum(x) }")
-    with pytest.raises(NoFeeds, match=r"its inputs take 7\.5 GiB"):
+    with pytest.raises(NoFeeds, match=r"its inputs take 7,629 MiB"):
         random_feeds(model, 0)
     with pytest.raises(NoFeeds, match="within 0 s"):
-        random_feeds(parse("g (float[2] x) => (float[2] y) { y = Relu(x) }"), 0, seconds=-0.0)
+        random_feeds(parse("g (float[2] x) => (float[2] y) { y = Relu(x) }"), 0, seconds=0)
 
 
 def test_real_models_run_on_random_feeds() -> None:
@@ -318,7 +315,6 @@ def test_real_models_run_on_random_feeds() -> None:
     for package in ("magika", "rapidocr-onnxruntime"):
         for file in importlib.metadata.files(package) or []:
             if file.suffix == ".onnx":
-                feeds = random_feeds(files.load(str(file.locate())), 0)
-                assert feeds.runs == 3
+                assert random_feeds(files.load(str(file.locate())), 0).runs == 3
                 found += 1
     assert found >= 4

@@ -66,7 +66,7 @@ def test_latency_of_two_files() -> None:
 def test_what_cannot_be_timed_is_said() -> None:
     with pytest.raises(BadFeeds, match="no samples"):
         median_seconds([open_session(MLP)], [])
-    with pytest.raises(DoesNotRun, match="fails while it is timed: .*Invalid input name: x"):
+    with pytest.raises(DoesNotRun, match=r"fails while it is timed: .*Invalid input name: x"):
         median_seconds([open_session(MLP)], [IMAGE | {"x": IMAGE["image"]}])
 
 

@@ -114,7 +114,7 @@ def test_any_text_survives_quoting(word: str) -> None:
 
     register_probe()
     text = f"probe{{only={format_value((word,))}}}"
-    assert Pipeline.parse(text).parts[0] == all_passes()["probe"](**{"only": Selection((word,))})
+    assert Pipeline.parse(text).parts[0] == all_passes()["probe"](only=Selection((word,)))
     assert read_options(all_passes()["probe"], "probe", {"only": (word,)})
 
 
@@ -135,7 +135,7 @@ def test_any_text_survives_quoting(word: str) -> None:
     ],
 )
 def test_mistakes_are_sentences(text: str, sentence: str) -> None:
-    with pytest.raises(UsageError, match=".") as caught:
+    with pytest.raises(UsageError) as caught:
         Pipeline.parse(text)
     assert sentence in str(caught.value)
 
@@ -147,7 +147,7 @@ def test_selection_by_glob_operator_and_node(parse: Any) -> None:
     assert node in Selection(("node:den*",))
     assert node not in Selection(("op:Conv", "w*"))
     Selection(("w", "dense", "op:MatMul")).require_matches(model, "only")
-    with pytest.raises(UsageError, match=r"keep=op:Matmul matches no weight and no node of the model. Did you mean"):
+    with pytest.raises(UsageError, match="keep=op:Matmul matches no weight and no node of the model"):
         Selection(("op:Matmul",)).require_matches(model, "keep")
 
 

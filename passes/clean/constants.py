@@ -226,7 +226,7 @@ class _Folder:
         for node in nodes:
             array = self.dimensions.known(node)
             if array is not None:
-                constant(node.outputs[0], ir.tensor(array))
+                constant(node.outputs[0], ir.Tensor(array))
                 continue
             for value in node.inputs:
                 tensor = constant_tensor(value)
@@ -252,7 +252,7 @@ class _Folder:
         last = part.nodes[-1]
         for value, array in zip(part.results, arrays, strict=True):
             name = value.name or ""
-            tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+            tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
             is_output = value.is_graph_output()
             new, node = constant_node(tensor, name) if is_output else new_constant(self.scope, tensor, name)
             producer = value.producer()
@@ -284,7 +284,7 @@ class _Folder:
             old = node.inputs[1]
             assert old is not None
             name = self.dimensions.names.fresh(f"{node.name or node.op_type}_shape")
-            new, made = new_constant(self.scope, ir.tensor(np.array(target, np.int64), name=name), name)
+            new, made = new_constant(self.scope, ir.Tensor(np.array(target, np.int64), name=name), name)
             if made is None:
                 self.scope.graph.register_initializer(new)
             else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -70,11 +70,11 @@ def smallest(sources: Sequence[Source], count: int) -> Cut:
                 break
             below, inside = found
             rank = count - sum(below)
-            if 0 < rank <= sum(map(len, inside)):
+            if 0 < rank <= sum(part.size for parts in inside for part in parts):
                 return _from_pool(sources, below, inside, rank)
             value = lower if rank <= 0 else upper
         below, equal = _count(sources, value)
-        if sum(below) < count <= sum(below) + sum(equal):
+        if sum(below) < count <= sum(below) + sum(map(sum, equal)):
             return _with_ties(sources, value, below, equal, count)
     value = _radix(sources, count)
     return _with_ties(sources, value, *_count(sources, value), count)
@@ -83,7 +83,7 @@ def smallest(sources: Sequence[Source], count: int) -> Cut:
 def at_most(sources: Sequence[Source], threshold: float) -> Cut:
     """Cut every element whose magnitude is at most ``threshold``; raises ``NotANumber``."""
     below, equal = _count(sources, threshold)
-    counts = tuple(b + e for b, e in zip(below, equal, strict=True))
+    counts = tuple(smaller + sum(ties) for smaller, ties in zip(below, equal, strict=True))
     return Cut(threshold, counts, tuple(source.size for source in sources))
 
 
@@ -91,8 +91,8 @@ def cut(magnitudes: Array, start: int, threshold: float, until: int) -> Array:
     """Which of the ``magnitudes`` from flat place ``start`` on are cut: a bool array."""
     lower, upper = _bounds(magnitudes.dtype, threshold)
     if until <= start:
-        return magnitudes < lower
-    chosen = magnitudes <= upper
+        return cast(Array, magnitudes < lower)
+    chosen: Array = magnitudes <= upper
     if until < start + magnitudes.size:
         late = slice(until - start, None)
         chosen[late] = magnitudes[late] < lower
@@ -126,8 +126,8 @@ def _bounds(dtype: np.dtype[Any], value: float) -> tuple[Any, Any]:
 
 def _collect(
     sources: Sequence[Source], lower: float, upper: float, limit: int
-) -> tuple[list[int], list[Array]] | None:
-    """For each tensor, how many elements are at most ``lower``, and those strictly between it and ``upper``.
+) -> tuple[list[int], list[list[Array]]] | None:
+    """For each tensor, how many elements are at most ``lower``, and block by block those between it and ``upper``.
 
     None as soon as there are more than ``limit`` of the latter.
     """
@@ -143,17 +143,17 @@ def _collect(
         if kept > limit:
             return None
         parts[place].append(inside)
-    return below, [np.concatenate(part) if part else np.empty(0, np.float32) for part in parts]
+    return below, parts
 
 
-def _count(sources: Sequence[Source], value: float) -> tuple[list[int], list[int]]:
-    """For each tensor, how many elements are below ``value``, and how many equal it."""
-    below, equal = [0] * len(sources), [0] * len(sources)
+def _count(sources: Sequence[Source], value: float) -> tuple[list[int], list[list[int]]]:
+    """For each tensor, how many elements are below ``value``, and block by block how many equal it."""
+    below, equal = [0] * len(sources), [[] for _ in sources]  # type: tuple[list[int], list[list[int]]]
     for place, _, block in _blocks(sources):
         lower, upper = _bounds(block.dtype, value)
         less = int(np.count_nonzero(block < lower))
         below[place] += less
-        equal[place] += int(np.count_nonzero(block <= upper)) - less
+        equal[place].append(int(np.count_nonzero(block <= upper)) - less)
     return below, equal
 
 
@@ -161,45 +161,45 @@ def _count(sources: Sequence[Source], value: float) -> tuple[list[int], list[int
 
 
 def _small(sources: Sequence[Source], count: int) -> Cut:
-    everything = []
-    for place, source in enumerate(sources):
-        everything.append(source.magnitude_reader()(0, source.size))
-        if np.isnan(everything[-1]).any():
-            raise NotANumber(place)
+    everything: list[list[Array]] = [[] for _ in sources]
+    for place, _, block in _blocks(sources):
+        everything[place].append(block.copy())
     return _from_pool(sources, [0] * len(sources), everything, count)
 
 
-def _from_pool(sources: Sequence[Source], below: list[int], inside: list[Array], rank: int) -> Cut:
-    """The cut whose threshold is the ``rank``-th smallest of ``inside``; ``below`` counts what is smaller than those."""
-    pool = np.concatenate(inside)
+def _from_pool(sources: Sequence[Source], below: list[int], inside: list[list[Array]], rank: int) -> Cut:
+    """The cut whose threshold is the ``rank``-th smallest of ``inside``; ``below`` counts the elements before those."""
+    pool = np.concatenate([part for parts in inside for part in parts])
     pool.partition(rank - 1)
     value = float(pool[rank - 1])
-    count = sum(below) + rank
-    smaller = [b + int(np.count_nonzero(part < value)) for b, part in zip(below, inside, strict=True)]
-    equal = [int(np.count_nonzero(part == value)) for part in inside]
-    return _with_ties(sources, value, smaller, equal, count)
+    smaller, equal = list(below), []
+    for place, parts in enumerate(inside):
+        smaller[place] += sum(int(np.count_nonzero(part < value)) for part in parts)
+        equal.append([int(np.count_nonzero(part == value)) for part in parts])
+    return _with_ties(sources, value, smaller, equal, sum(below) + rank)
 
 
-def _with_ties(sources: Sequence[Source], value: float, below: list[int], equal: list[int], count: int) -> Cut:
-    """The cut of ``count`` elements at the threshold ``value``."""
+def _with_ties(sources: Sequence[Source], value: float, below: list[int], equal: list[list[int]], count: int) -> Cut:
+    """The cut of ``count`` elements at the threshold ``value``; ``equal`` counts the ties of each block."""
     left = count - sum(below)
     counts, until = [], []
     for source, smaller, ties in zip(sources, below, equal, strict=True):
-        taken = min(left, ties)
+        taken = min(left, sum(ties))
         left -= taken
         counts.append(smaller + taken)
-        until.append(source.size if taken == ties else _place(source, value, taken))
+        until.append(source.size if taken == sum(ties) else _place(source, value, ties, taken))
     return Cut(value, tuple(counts), tuple(until))
 
 
-def _place(source: Source, value: float, ties: int) -> int:
-    """The flat place before which exactly ``ties`` elements of ``source`` equal ``value``."""
-    for _, start, block in _blocks([source]):
-        equal = np.flatnonzero(block == value)
-        if equal.size >= ties:
-            return start + int(equal[ties - 1]) + 1 if ties else 0
-        ties -= equal.size
-    return source.size
+def _place(source: Source, value: float, ties: list[int], taken: int) -> int:
+    """The flat place before which exactly ``taken`` elements of ``source`` equal ``value``."""
+    if not taken:
+        return 0
+    reached = np.cumsum(ties)
+    block = int(np.searchsorted(reached, taken))
+    before, start = int(reached[block]) - ties[block], block * BLOCK
+    read = source.magnitude_reader()(start, min(start + BLOCK, source.size))
+    return start + int(np.flatnonzero(read == value)[taken - before - 1]) + 1
 
 
 # Where to look --------------------------------------------------------------------------------------------------------

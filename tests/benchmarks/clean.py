@@ -51,7 +51,7 @@ def chain(count: int) -> ir.Model:
         value = tape.op("Identity", [value])
         value = tape.op("MatMul", [value, matrix])
         value = tape.op("Add", [value, skip])
-        if block % 2 == 0:
+        if block % 8 == 0:
             value = tape.op("Transpose", [value], {"perm": [0, 1, 3, 2]})
             value = tape.op("Transpose", [value], {"perm": [0, 1, 3, 2]})
             value = tape.op("Mul", [value, one])
