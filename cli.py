@@ -259,7 +259,8 @@ def _pointer(reproducer: str | None) -> str:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(highlight=False, width=wide)
 
 
 def _bar() -> Any:

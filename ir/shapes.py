@@ -37,9 +37,9 @@ class Inferred:
 
 @dataclass(slots=True)
 class Outcome:
-    """What ``infer_shapes`` wrote (the address of each value that is better known now) and what it did not believe."""
+    """How many values of each graph, by prefix, are better known now, and what was not believed."""
 
-    improved: list[str] = field(default_factory=list)
+    improved: dict[str, int] = field(default_factory=dict)
     conflicts: list[tuple[str, str]] = field(default_factory=list)  # address, sentence
     failure: str | None = None
 
@@ -51,21 +51,22 @@ def infer_shapes(model: ir.Model) -> Outcome:
     nothing. Values inside functions depend on the caller and stay as they are.
     """
     outcome = Outcome()
-    targets = [(scope, value) for scope in scopes(model) if scope.function is None for value in _outputs(scope.graph)]
-    if all(_is_known(value) for _, value in targets):
+    found = [scope for scope in scopes(model) if scope.function is None]
+    if all(_is_known(value) for scope in found for value in _outputs(scope.graph)):
         return outcome
     try:
         answers = _infer(model, ())
-        pins = [value for _, value in targets if _is_better(value, answers.get(value))]
+        pins = [v for scope in found for v in _outputs(scope.graph) if v.type and _is_better(v, answers.get(v))]
         if pins:  # what the file says and inference cannot see, so that it can go on from there
             answers = _infer(model, pins)
     except Exception as error:
         outcome.failure = str(error).strip().partition("\n")[0]
         return outcome
-    for scope, value in targets:
-        found = answers.get(value)
-        if found is not None:
-            _refine(value, found, scope, outcome)
+    for scope in found:
+        for value in _outputs(scope.graph):
+            answer = answers.get(value)
+            if answer is not None:
+                _refine(value, answer, scope, outcome)
     return outcome
 
 
@@ -119,8 +120,7 @@ def _is_known(value: ir.Value) -> bool:
 
 
 def _is_better(value: ir.Value, found: Inferred | None) -> bool:
-    if value.type is None:
-        return False
+    """Whether the file knows more of a value, whose type it tells, than was inferred."""
     if found is None:
         return True
     known = dims(value)
@@ -150,14 +150,14 @@ def _refine(value: ir.Value, found: Inferred, scope: Scope, outcome: Outcome) ->
         return
     value.type = found.type
     if merged is not None and merged != known:
-        value.shape = ir.Shape(_dimensions(merged))
-    outcome.improved.append(scope.address(value))
+        value.shape = _shape(merged)
+    outcome.improved[scope.prefix] = outcome.improved.get(scope.prefix, 0) + 1
 
 
 @functools.lru_cache(1024)
-def _dimensions(sizes: Dims) -> tuple[int | ir.SymbolicDim, ...]:
-    """The same with onnx_ir's dimensions, which many shapes may share; making them is what takes time."""
-    return tuple(size if isinstance(size, int) else ir.SymbolicDim(size) for size in sizes)
+def _shape(sizes: Dims) -> ir.Shape:
+    """Frozen, for values of equal shape share it, as they do their tensors' shapes."""
+    return ir.Shape(sizes, frozen=True)
 
 
 def _merged(known: Dims | None, found: Dims | None) -> Dims | None:

@@ -188,7 +188,7 @@ class Weight:
                 node.attributes["value"] = ir.AttrTensor("value", tensor)
             if node is None or value.const_value is not None:
                 value.const_value = tensor
-            if changed or value.type is None:
+            if changed:
                 value.type = ir.TensorType(tensor.dtype)
                 value.shape = _shape(tensor)
 

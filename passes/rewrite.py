@@ -98,7 +98,6 @@ class Tape:
         self.constants.append(value)
         return value
 
-
     def undo(self) -> None:
         """Let go of what the nodes here use, so that they count as no users of it."""
         for node in self.nodes:

@@ -112,7 +112,9 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """JSON values; what is infinite or not a number is ``null``."""
         summary = {"equal": self.equal, "max_error": _finite(self.max_error), "min_sqnr": _finite(self.min_sqnr)}
-        outputs = [{key: _finite(value) for key, value in vars(output).items()} for output in self.outputs.values()]
+        outputs = {
+            name: {key: _finite(value) for key, value in vars(output).items()} for name, output in self.outputs.items()
+        }
         return summary | {"runs": self.runs, "outputs": outputs, "missing": self.missing, "extra": self.extra}
 
 

@@ -62,16 +62,14 @@ class CheckReport:
     comparison: Comparison | None = None
 
     def as_json(self) -> dict[str, Any]:
-        outputs = None if self.comparison is None else dataclasses.asdict(self.comparison)["outputs"]
+        found = {} if self.comparison is None else self.comparison.as_json()
         return {
             "mode": self.mode,
             "feeds": self.feeds,
             "random": self.random,
             "not_run": self.not_run,
             "segments": self.segments,
-            "max_error": None if self.comparison is None else self.comparison.max_error,
-            "min_sqnr": None if self.comparison is None else self.comparison.min_sqnr,
-            "outputs": outputs,
+            **{key: found.get(key) for key in ("max_error", "min_sqnr", "outputs")},
         }
 
 

@@ -109,7 +109,7 @@ def _reasons(entry: PassReport) -> str:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    lines = [f"{count} {escape(printable(what))}" for what, count in list(counts.items())[:MOST_LINES]]
+    lines = [f"{count} × {escape(printable(what))}" for what, count in list(counts.items())[:MOST_LINES]]
     if len(counts) > MOST_LINES:
         lines.append(f"... and {sum(list(counts.values())[MOST_LINES:])} more (--json FILE lists them)")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 @pytest.fixture
 def small(tmp_path: Path, parse: Callable[[str], ir.Model]) -> Path:
     path = tmp_path / "small.onnx"
-    text = "m (float[n,2] x) => (float[n,2] y) <float[2,2] w = {1,2,3,4}> { h = MatMul (x, w) y = Relu (h) }"
+    text = "m (float[n,2] x) => (float[n,2] y) <float[2,2] w = {1,2,3,4}> { h = Relu (x) y = MatMul (h, w) }"
     penjing.save(parse(text), path)
     return path
 
@@ -145,7 +146,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "not onnx": ([junk, *common], "junk.onnx"),
         "truncated": ([cut, *common], "cut.onnx"),
         "newer IR": ([folder / "newer.onnx", *common], "IR version 99"),
-        "newer opset": ([folder / "opset.onnx", *common], "opset 999"),
+        "newer opset": ([folder / "opset.onnx", *common], "999"),
         "missing external data": ([folder / "external.onnx", *common], "gone.data"),
         "unknown pass": ([MLP, "-p", "prune-magnitud", "-o", out], "Did you mean 'prune-magnitude'?"),
         "unknown option": ([MLP, "-p", "prune-magnitude{sparcity=1}", "-o", out], "Did you mean 'sparsity'?"),
@@ -198,7 +199,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder_is_a_sentence(call: Any, small: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
     code, _, error = call("run", small, "-p", "clean", "-o", tmp_path / "out.onnx")
     assert code == 2
     assert "is not writable" in error

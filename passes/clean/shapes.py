@@ -19,8 +19,8 @@ class InferShapes(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """One run of ``onnx.shape_inference`` on the structure of the model, two where the file knows more."""
         outcome = infer_shapes(model)
-        for address in outcome.improved:
-            ctx.change(address, "type or shape inferred")
+        for prefix, count in outcome.improved.items():
+            ctx.change(prefix or "main graph", "types and shapes inferred", values=count)
         for address, sentence in outcome.conflicts:
             ctx.skip(address, sentence)
         if outcome.failure:

@@ -163,4 +163,5 @@ def zeroed(held: Array, chosen: Array, zero: Array) -> Array:
         np.bitwise_xor(mixed, fill, out=mixed)
     else:
         np.bitwise_and(bits, mixed, out=mixed)
-    return mixed.view(held.dtype)
+    result: Array = mixed.view(held.dtype)
+    return result

@@ -19,14 +19,14 @@ Cuts = Callable[[int], Sequence[Cut]]  # the cuts at a step of pruning, one for 
 class Budget:
     """The bytes of a model whose ``weights`` have been cut, each in its best storage and the rest as it is.
 
-    The storages are those of ``ir.storage.entropy_bytes``. ``coded[i]``: weight i has so few distinct values that
-    coding them may be best, and then its size depends on which elements are cut, not only on how many.
+    The storages are those of ``ir.storage.entropy_bytes``. ``coded[i]``: weight i repeats its values, so that coding
+    them may be best, and then its size depends on which elements are cut, not only on how many.
     """
 
     def __init__(self, model: ir.Model, weights: Sequence[Weight]) -> None:
         self.weights = weights
         self.rest = saved_bytes(model) - sum(weight.nbytes for weight in weights)
-        self.coded = [value_counts(weight.tensor) is not None for weight in weights]
+        self.coded = [2 * (weight.distinct() or weight.size) <= weight.size for weight in weights]
         self.zeros = [weight.zeros() for weight in weights]
 
     def bytes(self, cuts: Sequence[Cut]) -> int:

@@ -222,8 +222,8 @@ class PruneMagnitude(Pass):
                 return
             self._store(weight, made)
             ctx.change(weight, f"{keep} of {group} input channels kept", sparsity=zeros / weight.size, zeros=zeros)
-            if rest := weight.shape[axis] % group:
-                ctx.skip(weight, f"the last {rest} of {weight.shape[axis]} input channels stay dense")
+            if weight.shape[axis] % group:
+                ctx.skip(weight, f"input channels that do not fill a group of {group} stay dense")
 
     def _group(self) -> tuple[int, int]:
         """N and M of the pattern."""

@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 Read = Callable[[int, int], Array]
 
 BLOCK = 1 << 16  # elements: 256 KiB of float32, which stay in cache from one step to the next
-SMALL = 1 << 20  # up to here everything is read and partitioned at once
+SMALL = 1 << 22  # up to here everything is read and partitioned at once
 RUNS, RUN = 1 << 14, 64  # the sample: neighbours together, for a page of a mapped file costs more than its elements
 SHARE = 40  # at most one element in so many may lie inside the bracket
 
