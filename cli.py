@@ -148,10 +148,12 @@ def passes_(name: str | None, as_json: bool) -> None:
 @debug
 def inspect(model: str, as_json: bool) -> None:
     """Tell what is in MODEL: operators, weights, sparsity, distinct values, bytes against entropy, dimensions."""
+    from .ir.files import disk_bytes
     from .ir.summary import summarize
     from .runtime.show import show_summary
 
-    summary = summarize(_load(model))
+    loaded = _load(model)
+    summary = summarize(loaded, disk_bytes(loaded, model))
     if as_json:
         click.echo(json.dumps(summary.as_json(), indent=2))
     else:

@@ -91,6 +91,12 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         replacement.commit(file, store, location)
 
 
+def disk_bytes(model: ir.Model, path: str | os.PathLike[str]) -> int:
+    """Bytes of the file ``path`` that ``model`` was read from, and of the data files that it names."""
+    external = (tensor.path for _, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor))
+    return sum(os.path.getsize(file) for file in dict.fromkeys([os.fspath(path), *map(os.fspath, external)]))
+
+
 def saved_bytes(model: ir.Model, path: str | os.PathLike[str] = "model.onnx") -> int:
     """The bytes that ``save(model, path)`` would write, model and data file; lazy tensors are not computed.
 

@@ -6,6 +6,7 @@ Nothing here holds more than a few MiB beyond a tensor that is mapped from a fil
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -55,8 +56,12 @@ class StreamedTensor(MadeTensor):
 
     def tofile(self, file: Any) -> None:
         """Write the tensor's bytes in blocks of at most 64 Ki elements; ``file`` needs ``write`` only."""
+        plain = self.dtype.bitwidth >= 8 and sys.byteorder == "little"
         for block in blocks(self):
-            file.write(ir.Tensor(block, dtype=self.dtype).tobytes())
+            if plain:
+                file.write(np.ascontiguousarray(block).view(np.uint8).data)
+            else:
+                file.write(ir.Tensor(block, dtype=self.dtype).tobytes())
 
     def _whole(self) -> Array:
         whole = np.empty(self.size, self.dtype.numpy())

@@ -72,7 +72,7 @@ class WeightSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model as ``penjing inspect`` tells it; ``by_place`` maps ``initializer float32`` to [weights, elements, bytes]."""
+    """A model as ``penjing inspect`` tells it; ``by_place``: kind -> [weights, elements, bytes]."""
 
     source: str | None
     producer: str
@@ -128,8 +128,8 @@ class Summary:
         return {"schema": 1} | found
 
 
-def figures(model: ir.Model, constants: list[Weight] | None = None) -> Figures:
-    """The numbers of ``model``; one pass over its weights."""
+def figures(model: ir.Model, constants: list[Weight] | None = None, size: int | None = None) -> Figures:
+    """The numbers of ``model``, in one pass over its weights; ``size`` in bytes is what saving gives if not said."""
     constants = weights(model) if constants is None else constants
     matrices, floats = ([0, 0], [0, 0])
     for weight in constants:
@@ -141,7 +141,7 @@ def figures(model: ir.Model, constants: list[Weight] | None = None) -> Figures:
                 counts[1] += zeros * counted
     every = [graph for _, graph in graphs(model)]
     return Figures(
-        saved_bytes(model),
+        saved_bytes(model) if size is None else size,
         sum(map(len, every)),
         sum(len(graph.initializers) for graph in every),
         *matrices,
@@ -149,8 +149,8 @@ def figures(model: ir.Model, constants: list[Weight] | None = None) -> Figures:
     )
 
 
-def summarize(model: ir.Model) -> Summary:
-    """Everything about ``model`` that can be told without running it."""
+def summarize(model: ir.Model, size: int | None = None) -> Summary:
+    """Everything about ``model`` that can be told without running it; ``size`` as in ``figures``."""
     constants = weights(model)
     nodes = [node for _, graph in graphs(model) for node in graph]
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
@@ -166,7 +166,7 @@ def summarize(model: ir.Model) -> Summary:
         bodies=sum(1 for node in nodes for _ in bodies(node)),
         functions=[f"{function.domain}::{function.name}" for function in model.functions.values()],
         metadata=dict(model.metadata_props),
-        figures=figures(model, constants),
+        figures=figures(model, constants, size),
         by_place=_by_place(constants),
         weights=[_summary(weight) for weight in constants if weight.size > 1],
     )

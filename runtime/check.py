@@ -38,7 +38,10 @@ class Segment:
 
 
 class Breach(PenjingError):
-    """A pass did not keep its effect. ``before`` is the model that it found, ``feeds`` show the difference."""
+    """A pass did not keep its effect, or the run a bound. ``before`` is the model found, ``feeds`` show the difference.
+
+    ``pass_`` is the text of the culprit, or of the whole pipeline.
+    """
 
     exit_code = 1
 
@@ -47,7 +50,8 @@ class Breach(PenjingError):
         self.reasons = reasons
         self.before = before
         self.feeds = feeds
-        super().__init__(f"{pass_} broke its promise:\n" + "\n".join(f"  {reason}" for reason in reasons[:10]))
+        shown = "\n".join(f"  {reason}" for reason in reasons[:10])
+        super().__init__(f"{pass_} broke its promise:\n{shown}")
 
 
 class Checker(Instrument):

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from ..ir.errors import BadFeeds
-from ..ir.tensors import tensors
 from ..passes.base import Array
 from .feeds import feeds_for
 from .session import DoesNotRun, bare_run, load, open_session, run_feed, version
@@ -117,7 +115,7 @@ def bench_files(
     """
     loaded = [load(path, runnable=True) for path in models]
     feeds = feeds_for(loaded[0], data, seed)
-    sizes = [_file_bytes(model, path) for model, path in zip(loaded, models, strict=True)]
+    sizes = [disk_bytes(model, path) for model, path in zip(loaded, models, strict=True)]
     del loaded
     return bench(models, feeds, sizes, threads=threads, seconds=seconds), feeds.describe()
 
@@ -223,12 +221,6 @@ def _first(feeds: Iterable[Feed]) -> list[Feed]:
     if not runs:
         raise BadFeeds("There are no samples to time the models on.")
     return runs
-
-
-def _file_bytes(model: ir.Model, path: str) -> int:
-    """Bytes of the model file and of the data files that it names."""
-    external = (tensor.path for _, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor))
-    return sum(os.path.getsize(file) for file in dict.fromkeys([path, *map(os.fspath, external)]))
 
 
 def _private_bytes(status: str) -> int | None:

@@ -196,7 +196,9 @@ class _Proof:
             raise self._breach(f"Under --strict a warning is an error: {report.warnings[0]}")
 
     def _breach(self, reason: str) -> Breach:
-        return Breach(str(self.pipeline), [reason], self.model, self.feeds or ())
+        breach = Breach(str(self.pipeline), [reason], self.model, self.feeds or ())
+        breach.args = (reason,)
+        return breach
 
     def _choose_feeds(self, checked: FeedSet | None) -> Feeds | None:
         """What the check runs on: what was given, else random feeds; ``None`` where there is no check."""

@@ -23,6 +23,7 @@ def test_golden(path: Path, request: pytest.FixtureRequest) -> None:
     found = text(model)
     if request.config.getoption("--update-golden"):
         path.write_text(RULE.join([pipeline, before, found]), encoding="utf-8")
+        expected = found
     assert found == expected
 
 

@@ -155,9 +155,9 @@ def zeroed(held: Array, chosen: Array, zero: Array) -> Array:
     On bits, for a mask costs a third of what ``np.where`` does where the choice cannot be foreseen.
     """
     unsigned, signed = np.dtype(f"u{held.dtype.itemsize}"), np.dtype(f"i{held.dtype.itemsize}")
-    mask = np.logical_not(chosen).view(np.int8).astype(signed)
+    mask = chosen.view(np.int8).astype(signed)
+    mixed = np.subtract(mask, 1, out=mask).view(unsigned)  # all ones where an element stays
     bits, fill = np.ascontiguousarray(held).view(unsigned), np.asarray(zero).view(unsigned)
-    mixed = np.negative(mask, out=mask).view(unsigned)
     if fill.any():
         np.bitwise_and(bits ^ fill, mixed, out=mixed)
         np.bitwise_xor(mixed, fill, out=mixed)

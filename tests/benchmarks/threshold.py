@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from penjing.ir.weights import weights
 from penjing.passes.base import Context
 from penjing.passes.prune.magnitude import PruneMagnitude
 from penjing.passes.prune.threshold import smallest
+from penjing.runtime.measure import MemoryMeter
 
 WIDTH = 4096  # a weight is WIDTH x WIDTH float32: 64 MiB
 
@@ -51,31 +50,6 @@ def make(folder: Path, gigabytes: float) -> Path:
     return path
 
 
-def unshared_bytes() -> int:
-    """RssAnon + RssShmem of this process; mapped pages of files are not among them."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssShmem")))
-
-
-@contextmanager
-def peak(found: list[int]) -> Iterator[None]:
-    """Append to ``found`` the most memory seen while the block runs, over that at its start."""
-    start, stop, most = unshared_bytes(), threading.Event(), [0]
-
-    def watch() -> None:
-        while not stop.wait(0.01):
-            most[0] = max(most[0], unshared_bytes() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        found.append(most[0])
-
-
 def cpu_seconds(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
@@ -86,14 +60,13 @@ def main() -> None:
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.5
     with tempfile.TemporaryDirectory() as folder:
         path, out = make(Path(folder), gigabytes), Path(folder) / "pruned.onnx"
-        memory: list[int] = []
 
         def whole() -> None:
             model = load(path)
             PruneMagnitude(sparsity=0.5, scope="model").run(model, Context())
             save(model, out)
 
-        with peak(memory):
+        with MemoryMeter() as memory:
             writing = cpu_seconds(whole)
         held = weights(load(path))
         total = sum(weight.size for weight in held)
@@ -111,7 +84,7 @@ def main() -> None:
         print(f"copyto                         {copying:6.2f} s CPU   1.00")
         print(f"finding the threshold          {finding:6.2f} s CPU   {finding / copying:.2f} (goal 4)")
         print(f"finding, applying and writing  {writing:6.2f} s CPU   {writing / copying:.2f} (goal 12)")
-        print(f"memory                         {memory[0] / 1e6:6.0f} MB       (goal 400)")
+        print(f"memory                         {(memory.peak_bytes or 0) / 1e6:6.0f} MB       (goal 400)")
 
 
 if __name__ == "__main__":
