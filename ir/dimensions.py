@@ -111,7 +111,8 @@ class Dimensions:
         if data is None or data.ndim != 1 or index is None or index.size > 64 or _int(node, "axis", 0) not in (0, -1):
             return None
         places = index.numpy()
-        return data[places] if np.all((places < len(data)) & (places >= -len(data))) else None
+        inside = np.all((places < len(data)) & (places >= -len(data)))
+        return data[places.ravel()].reshape(places.shape) if inside else None
 
     def slice(self, node: ir.Node) -> Elements | None:
         data = self.elements(node.inputs[0])

@@ -120,6 +120,8 @@ def placed(values: Array, axes: Sequence[int | None], rank: int) -> Array | None
 
 def count_zeros(tensor: ir.TensorProtocol, quantization: Quantization | None = None) -> int:
     """How many elements stand for 0: equal to 0 (of either sign), or to the zero point."""
+    if tensor.dtype is ir.DataType.STRING:
+        return 0
     if quantization is None:
         return sum(int(np.count_nonzero(is_zero(block))) for block in blocks(tensor))
     shape, total = tuple(tensor.shape.numpy()), 0

@@ -1,8 +1,8 @@
 """Types and shapes that follow from the operators, by ``onnx.shape_inference``, written onto the values of a model.
 
 The inference gets a copy of the model's structure only, written straight in protobuf's wire format: values are
-numbered, all but the smallest constants are inputs of their type and shape. So it costs no memory for weights and rebuilds
-nothing.
+numbered, all but the smallest constants are inputs of their type and shape. So it costs no memory for weights and
+rebuilds nothing.
 """
 
 from __future__ import annotations

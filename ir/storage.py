@@ -158,7 +158,7 @@ class ValueCounts:
     def _hash(self, patterns: Array) -> Array:
         odd = {4: 0x9E3779B1, 8: 0x9E3779B97F4A7C15}[self.bits.itemsize]  # multiplicative hashing, Knuth 6.4
         hashed: Array = (patterns * self.bits.type(odd)) >> self.bits.type(8 * self.bits.itemsize - 16)
-        return hashed
+        return hashed.astype(np.intp)
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._slot_counts)) + len(self._others)

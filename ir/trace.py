@@ -34,8 +34,9 @@ class Use:
     """One input of one operator that computes with a constant.
 
     ``output_axis`` and ``input_axis`` are its channel axes in the axes of the *stored* tensor: None where it has none,
-    or where the path does not keep them apart. ``path`` holds the nodes between storage and operator. An overlapping
-    reader with ``quantization`` reads stored integers as (q - zero_point) * scale.
+    or where the path does not keep them apart. ``path`` holds the nodes between storage and operator.
+    With ``quantization`` the operator takes stored integers for (q - zero_point) * scale. ``port`` is -1 where the
+    constant is not an input of the Loop, Scan or the like but an output of its body.
     """
 
     node: ir.Node
@@ -80,14 +81,16 @@ class Tracer:
         is_float = tensor.dtype.is_floating_point()
         start = _View(value, shape, tuple(range(len(shape))), len(shape), tensor.dtype, is_float=is_float)
         found: list[Use] = []
-        views, output = deque([start]), False
+        views, output, seen = deque([start]), False, set()
         while views:
             view = views.popleft()
+            if (view.value, view.calls) in seen:  # both branches of an If, or a function that calls itself
+                continue
+            seen.add((view.value, view.calls))
             for node, index in view.value.uses():
                 views.extend(self._through(view, node, index, found))
             if view.value.is_graph_output():
-                beyond = self._outside(view)
-                views.extend(beyond)
+                views.extend(self._outside(view, found))
                 output |= view.value.graph is self.model.graph
         return tuple(found), output
 
@@ -142,8 +145,8 @@ class Tracer:
             return replace(view, requantized=True, is_float=False)
         return view
 
-    def _outside(self, view: _View) -> list[_View]:
-        """Where the output of a function or of an If branch goes."""
+    def _outside(self, view: _View, found: list[Use]) -> list[_View]:
+        """Where the output of a function or of an If branch goes; of other bodies, a use by their node in ``found``."""
         graph = view.value.graph
         if graph is None or graph is self.model.graph:
             return []
@@ -151,23 +154,24 @@ class Tracer:
         if calls and calls[-1][1] is graph:
             callers, calls = [calls[-1][0]], calls[:-1]
         places = [index for index, output in enumerate(graph.outputs) if output is view.value]
-        return [
-            replace(view, value=node.outputs[index], calls=calls)
-            for node in callers
-            for index in places
-            if index < len(node.outputs)
-        ]
+        views = []
+        for node in callers:
+            if (node.domain, node.op_type) == ("", "If") or (node.domain, node.op_type) in self.called:
+                values = [node.outputs[place] for place in places if place < len(node.outputs)]
+                views += [replace(view, value=value, calls=calls) for value in values]
+            else:
+                found.append(Use(node, -1, Kind.OPERAND, path=view.path, quantization=view.quantization))
+        return views
 
     @cached_property
     def _holders(self) -> dict[ir.Graph, list[ir.Node]]:
-        """The If of each branch, and the calls of each function: their outputs are the outputs of the graph."""
+        """The node of each body, and the calls of each function."""
         holders: dict[ir.Graph, list[ir.Node]] = {}
         for _, graph in graphs(self.model):
             for node in graph:
-                if node.op_type == "If" and node.domain == "":
-                    for _, body in bodies(node):
-                        holders.setdefault(body, []).append(node)
-                elif node.op_identifier() in self.functions:
+                for _, body in bodies(node):
+                    holders.setdefault(body, []).append(node)
+                if node.op_identifier() in self.functions:
                     holders.setdefault(self.functions[node.op_identifier()].graph, []).append(node)
         return holders
 

@@ -61,7 +61,10 @@ def test_commutative_operators_match_both_ways(parse: Parse) -> None:
 
 
 def test_a_nested_node_with_other_uses_is_left(parse: Parse) -> None:
-    text = "m (float[2,3] x, float[3,4] w, float[4] b) => (float[2,4] y, float[2,4] z) {{ h = MatMul (x, w) y = Add (h, b) {} }}"
+    text = """
+        m (float[2,3] x, float[3,4] w, float[4] b) => (float[2,4] y, float[2,4] z)
+        {{ h = MatMul (x, w) y = Add (h, b) {} }}
+    """
     used, output = parse(text.format("z = Relu (h)")), parse(text.replace("] z", "] h").format(""))
     for model in (used, output):
         before = operators(model)

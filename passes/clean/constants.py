@@ -6,17 +6,20 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ...ir.constants import Array, constant_node, constant_tensor, is_constant, new_constant
 from ...ir.dimensions import Dimensions
+from ...ir.match import Replacement, rule
 from ...ir.ops import operator
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import Dims, infer_shapes, inferred, static_dims
 from ...ir.unused import discard
 from ..base import Context, Effect, Pass, register
+from ..rewrite import Tape, rewrite
 
 _LIMIT = 16 << 20  # bytes of any value in what is folded
 _GROWTH = 1 << 10  # bytes that a result may be larger than the constants that die
@@ -44,6 +47,7 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Folds, lets shapes follow, and folds again until nothing more does."""
+        rewrite(model, [cast_like_a_known_type], ctx)
         changed, skipped = True, dict[str, str]()
         while changed:
             skipped.clear()
@@ -52,6 +56,15 @@ class FoldConstants(Pass):
                 infer_shapes(model)
         for address, reason in skipped.items():
             ctx.skip(address, reason)
+
+
+@rule("node @ CastLike(x, like)")
+def cast_like_a_known_type(tape: Tape, node: ir.Node, x: ir.Value, like: ir.Value) -> Replacement:
+    """As a Cast it depends on one value only, which may be a constant."""
+    if like.dtype is None:
+        return None
+    attributes: dict[str, Any] = {**node.attributes, "to": int(like.dtype)}
+    return tape.op("", "Cast", x, **attributes)  # type: ignore[no-any-return]
 
 
 @dataclass

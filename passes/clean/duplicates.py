@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ...ir.constants import constant_tensor, is_constant
 from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope, scopes
+from ...ir.shapes import static_dims
 from ...ir.storage import MadeTensor, blocks
 from ...ir.unused import discard, is_idle
 from ..base import Context, Pass, register
@@ -36,8 +37,8 @@ class MergeDuplicates(Pass):
         for scope in scopes(model):
             own = list(_constants(scope))
             outer = main if scope.function is None else []
-            kinds = {_kind(tensor) for _, tensor in own if tensor.nbytes > _SMALL} if outer else set()
-            seen = [constant for constant in outer if _kind(constant[1]) in kinds]
+            kinds = {_kind(constant) for constant in own if constant[1].nbytes > _SMALL} if outer else set()
+            seen = [constant for constant in outer if _kind(constant) in kinds]
             for twins in _groups([*seen, *own], content):
                 first = twins[0][0]
                 for value, tensor in twins[1:]:
@@ -80,19 +81,20 @@ class _Content:
 def _groups(constants: list[Constant], content: _Content) -> Iterator[list[Constant]]:
     """Lists of equal constants, in the given order."""
     for alike in _alike(constants, _kind):
-        for near in _alike(alike, content.head):
-            yield from _alike(near, content.digest)
+        for near in _alike(alike, lambda constant: content.head(constant[1])):
+            yield from _alike(near, lambda constant: content.digest(constant[1]))
 
 
-def _alike(constants: list[Constant], key: Callable[[ir.TensorProtocol], Hashable]) -> Iterator[list[Constant]]:
+def _alike(constants: list[Constant], key: Callable[[Constant], Hashable]) -> Iterator[list[Constant]]:
     found: dict[Hashable, list[Constant]] = {}
     for constant in constants:
-        found.setdefault(key(constant[1]), []).append(constant)
+        found.setdefault(key(constant), []).append(constant)
     return (group for group in found.values() if len(group) > 1)
 
 
-def _kind(tensor: ir.TensorProtocol) -> Hashable:
-    return tensor.dtype, tensor.shape.numpy()
+def _kind(constant: Constant) -> Hashable:
+    value, tensor = constant
+    return tensor.dtype, static_dims(value) or tuple(tensor.shape.numpy())
 
 
 def _constants(scope: Scope) -> Iterator[Constant]:

@@ -67,7 +67,7 @@ def main() -> None:
             save(model, out)
 
         with MemoryMeter() as memory:
-            writing = cpu_seconds(whole)
+            writing = min(cpu_seconds(whole) for _ in range(3))  # the first often pays for memory new to the machine
         held = weights(load(path))
         total = sum(weight.size for weight in held)
         finding = min(cpu_seconds(lambda: smallest(held, total // 2)) for _ in range(3))
