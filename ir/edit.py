@@ -36,7 +36,7 @@ class Names:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self._counts = Counter(_value_names(model))
-        self._counts.update(node.name for _, graph in graphs(model) for node in graph if node.name)
+        self._counts.update([node.name for _, graph in graphs(model) for node in graph if node.name])
         self._next: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -223,6 +223,10 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _value_names(model: ir.Model) -> Iterator[str]:
+def _value_names(model: ir.Model) -> list[str]:
+    names: list[str | None] = []
     for _, graph in graphs(model):
-        yield from (value.name for value in _values(graph) if value.name)
+        names += [value.name for value in graph.inputs]
+        names += graph.initializers
+        names += [value.name for node in graph for value in node.outputs]
+    return [name for name in names if name]

@@ -24,7 +24,7 @@ from .errors import BadFile, PenjingError
 from .external import DataFiles, MappedTensor
 from .intake import Intake
 from .layout import Layout, at, in_memory, plan, write_data, write_tensor
-from .tensors import standing_in, tensors
+from .tensors import StoredTensor, standing_in, tensors
 from .versions import saved_ir_version
 
 LARGE = 3 << 29
@@ -177,6 +177,11 @@ def _complete(model: ir.Model, proto: onnx.ModelProto, intake: Intake) -> None:
         for value in kept.inputs:
             if value.name in described:
                 ir.serde.deserialize_value_info_proto(described[value.name], value)
+    for _, graph in graphs(model):
+        for value in graph.initializers.values():
+            if type(value.const_value) is ir.TensorProtoTensor:
+                own = value.shape if value.shape is not None and value.shape.frozen else None
+                value.const_value = StoredTensor(value.const_value.raw, own)
     if not intake.external and not intake.labelled:
         return
     for holder, tensor in tensors(model):

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 
 from .address import graphs
+
+
+class StoredTensor(ir.TensorProtoTensor):
+    """A tensor of a model file that works out type, shape and size once: passes ask for them over and over.
+
+    ``shape`` is the one to hold, where there is one that says the same.
+    """
+
+    __slots__ = ("dtype", "nbytes", "shape", "size")
+
+    def __init__(self, proto: onnx.TensorProto, shape: ir.Shape | None = None) -> None:
+        super().__init__(proto)
+        self.dtype = ir.DataType(proto.data_type)
+        self.shape = ir.Shape(proto.dims, frozen=True) if shape is None else shape
+        self.size = math.prod(proto.dims)
+        self.nbytes = math.ceil(self.dtype.itemsize * self.size)
 
 
 @dataclass(frozen=True)

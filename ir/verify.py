@@ -290,17 +290,26 @@ class _Walk:
         return "a graph of another model"
 
     def links(self) -> None:
-        """The uses that each value lists are the places that read it: all of them, and nothing else."""
-        counts, nodes = Counter(self.inputs), self.nodes
-        for prefix, values in self.values:
+        """The uses that each value lists are the places that read it: all of them, and nothing else.
+
+        Every listed use is a read, and there are as many as reads: so each read is listed.
+        """
+        nodes, listed = self.nodes, 0
+        broken: dict[ir.Value, None] = {}
+        for _, values in self.values:
             for value in values:
                 uses = value.uses()
-                sound = len(uses) == counts.get(value, 0)
+                listed += len(uses)
                 for node, index in uses:
-                    if node not in nodes or node.inputs[index : index + 1] != (value,):
-                        sound = False
-                if not sound:
-                    self.link(prefix + (value.name or ""), value)
+                    inputs = node.inputs
+                    if index >= len(inputs) or inputs[index] is not value or node not in nodes:
+                        broken[value] = None
+        if broken or listed != len(self.inputs) - self.inputs.count(None):
+            counts = Counter(self.inputs)
+            for prefix, values in self.values:
+                for value in values:
+                    if value in broken or len(value.uses()) != counts[value]:
+                        self.link(prefix + (value.name or ""), value)
         for address, value in self.unnamed:
             if value.name is None:
                 self.report(address, f"output {value.index()} has no name; '' stands for an output left out.")

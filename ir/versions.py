@@ -68,7 +68,7 @@ def _needs(model: ir.Model) -> Iterator[int]:
             if node.attributes.data:
                 kinds.update(tensor.dtype for _, tensor in held(graph, node))
         for form in types:
-            if isinstance(form, ir.TensorType):
+            if type(form) is ir.TensorType:  # isinstance would go through a protocol, member by member
                 kinds.add(form.dtype)
             elif form is not None:
                 yield from _nested(form, kinds)
