@@ -69,7 +69,7 @@ def _faces(subject: Any) -> Iterator[str]:
         yield subject.name or ""
         return
     yield subject.address
-    yield subject.value.name
+    yield from (value.name for value in subject.values)
     for use in subject.uses:
         yield from _node_faces(use.node)
 

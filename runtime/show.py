@@ -134,7 +134,7 @@ def _before_and_after(report: Report) -> Table:
     if report.metric is not None:
         table.add_row(escape(report.metric.name), f"{report.metric.before:.6g}", f"{report.metric.after:.6g}")
     if report.latency:
-        table.add_row("latency ms", f"{report.latency['before_ms']:.3f}", f"{report.latency['after_ms']:.3f}")
+        table.add_row("latency ms a run", f"{report.latency['before_ms']:.3f}", f"{report.latency['after_ms']:.3f}")
     return table
 
 
