@@ -87,6 +87,7 @@ def run(model: str, passes: str, output: str, json_file: str | None, **options: 
     from .passes.pipeline import Pipeline
     from .runtime.run import BoundExceeded
     from .runtime.run import run as run_passes
+    from .runtime.session import LARGE
     from .runtime.show import show_report
 
     force, printing, partners = (options.pop(name) for name in ("force", "printing", "partners"))
@@ -108,8 +109,9 @@ def run(model: str, passes: str, output: str, json_file: str | None, **options: 
             bar.say("writing")
             _save(loaded, output)
             report.target = output
-            bar.say("timing")
-            report.latency = _latency(model, output, options["data"])
+            if report.input.bytes <= LARGE:
+                bar.say("timing")
+                report.latency = _latency(model, output, options["data"])
         except BoundExceeded as error:
             report = error.report
     if json_file:

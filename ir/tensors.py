@@ -24,10 +24,10 @@ class StoredTensor(ir.TensorProtoTensor):
 
     def __init__(self, proto: onnx.TensorProto, shape: ir.Shape | None = None) -> None:
         super().__init__(proto)
-        self.dtype = ir.DataType(proto.data_type)
-        self.shape = ir.Shape(proto.dims, frozen=True) if shape is None else shape
-        self.size = math.prod(proto.dims)
-        self.nbytes = math.ceil(self.dtype.itemsize * self.size)
+        self.dtype = ir.DataType(proto.data_type)  # type: ignore[misc]
+        self.shape = ir.Shape(proto.dims, frozen=True) if shape is None else shape  # type: ignore[misc]
+        self.size = math.prod(proto.dims)  # type: ignore[misc]
+        self.nbytes = math.ceil(self.dtype.itemsize * self.size)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

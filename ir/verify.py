@@ -96,7 +96,7 @@ class _Walk:
             if scope.holder is not None:
                 self.define(scope, scope.holder)
                 scope.holder = None
-            this = scope.graph
+            this, values, visible = scope.graph, scope.values, self.visible
             for node in scope.nodes:
                 seen.add(node)
                 inputs = node.inputs
@@ -112,7 +112,15 @@ class _Walk:
                     scope.holder = node
                     stack += reversed(held)
                     break
-                self.define(scope, node)
+                outputs = node.outputs
+                values += outputs
+                defined.update(outputs)
+                for index, value in enumerate(outputs):
+                    name = value.name
+                    if not name or name in visible or value.producer() is not node or value.index() != index:
+                        self.output_of(scope, node, index, value)
+                    else:
+                        visible[name] = value
             else:
                 self.leave(scope)
 
@@ -171,22 +179,20 @@ class _Walk:
             self.report(address, f"the value says shape {shape}, its tensor has {actual}.")
 
     def define(self, scope: _Scope, node: ir.Node) -> None:
-        visible, defined, values = self.visible, self.defined, scope.values
-        for index, value in enumerate(node.outputs):
+        visible, outputs = self.visible, node.outputs
+        scope.values += outputs
+        self.defined.update(outputs)
+        for index, value in enumerate(outputs):
+            name = value.name
             if value.producer() is not node or value.index() != index:
                 self.report(
-                    scope.prefix + (value.name or ""),
+                    scope.prefix + (name or ""),
                     f"it is output {index} of {_named(node)}, but its own link names another node or place.",
                 )
-            name = value.name
             if not name:
                 self.unnamed.append((f"{scope.prefix}{_name(node)}", value))
-            elif name in visible:
+            elif visible.setdefault(name, value) is not value:
                 self.clash(scope, node, name)
-            else:
-                visible[name] = value
-            defined.add(value)
-            values.append(value)
 
     def clash(self, scope: _Scope, node: ir.Node, name: str) -> None:
         other = self.visible[name]

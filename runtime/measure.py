@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir.errors import BadFeeds
+from ..ir.files import disk_bytes
 from ..passes.base import Array
 from .feeds import feeds_for
 from .session import DoesNotRun, bare_run, load, open_session, run_feed, version

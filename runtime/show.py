@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..ir.address import printable
 from .report import PassReport, Report
+from .session import LARGE
 
 if TYPE_CHECKING:
     from ..ir.summary import Summary
@@ -135,6 +136,9 @@ def _before_and_after(report: Report) -> Table:
         table.add_row(escape(report.metric.name), f"{report.metric.before:.6g}", f"{report.metric.after:.6g}")
     if report.latency:
         table.add_row("latency ms a run", f"{report.latency['before_ms']:.3f}", f"{report.latency['after_ms']:.3f}")
+    elif report.target:
+        large = report.input.bytes > LARGE
+        table.add_row("latency", "", "not timed: " + ("a large model; see penjing bench" if large else "no feed runs"))
     return table
 
 

@@ -560,7 +560,13 @@ def real_models() -> list[Path]:
     return [*found, *sorted(Path(penjing.models.__path__[0]).glob("*.onnx"))]
 
 
-NODES_AT_MOST = {"ch_PP-OCRv4_rec_infer": 342, "ch_PP-OCRv4_det_infer": 269, "ch_ppocr_mobile_v2.0_cls_infer": 180}
+NODES_AT_MOST = {
+    "ch_PP-OCRv3_det_infer": 229,
+    "ch_PP-OCRv3_rec_infer": 274,
+    "ch_PP-OCRv4_det_infer": 269,
+    "ch_PP-OCRv4_rec_infer": 342,
+    "ch_ppocr_mobile_v2.0_cls_infer": 180,
+}
 
 
 @pytest.mark.parametrize("path", real_models(), ids=lambda path: path.stem)

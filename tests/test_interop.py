@@ -77,7 +77,7 @@ def test_a_graphsurgeon_function_that_raises_is_a_sentence(parse: Callable[[str]
 
 
 def test_a_name_stands_for_one_pass_only() -> None:
-    with pytest.raises(UsageError, match="the pass name 'clean' is taken|The pass name 'clean' is taken"):
+    with pytest.raises(UsageError, match="The pass name 'clean' is taken"):
 
         @penjing.register("clean")
         class Clean(penjing.Pass):
