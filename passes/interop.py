@@ -50,7 +50,7 @@ def register_onnx_ir(name: str, make: Callable[[], ir.passes.PassBase], effect: 
         del self
         OnnxIrPass(make(), effect).run(model, ctx)
 
-    return _enter(name, run, effect, f"The onnx_ir pass {getattr(make, '__name__', name)}.")
+    return _enter(name, make, run, effect, f"The onnx_ir pass {getattr(make, '__name__', name)}.")
 
 
 def register_surgeon(name: str, function: Callable[[Any], Any], effect: Effect) -> type[Pass]:
@@ -69,9 +69,12 @@ def register_surgeon(name: str, function: Callable[[Any], Any], effect: Effect) 
         if text(model) != before:
             ctx.change("model", f"rewritten by {function.__name__}")
 
-    return _enter(name, run, effect, f"The onnx-graphsurgeon function {function.__name__}.")
+    return _enter(name, function, run, effect, f"The onnx-graphsurgeon function {function.__name__}.")
 
 
-def _enter(name: str, run: Callable[[Any, ir.Model, Context], None], effect: Effect, about: str) -> type[Pass]:
-    body = {"__doc__": about, "__module__": run.__module__, "run": run, "effect": lambda self: effect}
+def _enter(
+    name: str, home: Any, run: Callable[[Any, ir.Model, Context], None], effect: Effect, about: str
+) -> type[Pass]:
+    """Register a pass without options that lives where ``home`` is written, so that a reproducer finds its source."""
+    body = {"__doc__": about, "__module__": home.__module__, "run": run, "effect": lambda self: effect}
     return register(name)(type(name, (Pass,), body))

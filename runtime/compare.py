@@ -171,7 +171,7 @@ def compare_files(a: str, b: str, data: Any = None, seed: int = 0) -> tuple[Comp
 
     Raises ``PenjingError`` where a file, the data or a run of either model is at fault.
     """
-    from .feeds import feeds_for
+    from .draws import feeds_for
     from .session import LARGE, load, open_session, run_feed, tensor_bytes
 
     models = [load(path, runnable=True) for path in (a, b)]

@@ -24,7 +24,7 @@ import numpy as np
 from ..ir.errors import BadFeeds
 from ..ir.files import disk_bytes
 from ..passes.base import Array
-from .feeds import feeds_for
+from .draws import feeds_for
 from .session import DoesNotRun, bare_run, load, open_session, run_feed, version
 
 if TYPE_CHECKING:

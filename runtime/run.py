@@ -20,8 +20,10 @@ from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
 from .check import Breach, Checker, bisect, changes_interface, compare_models
 from .compare import Comparison
+from .draws import NoFeeds, random_feeds
 from .feeds import Feeds as FeedSet
-from .feeds import NoFeeds, load_function, random_feeds, read_feeds, read_labels
+from .feeds import read_feeds, read_labels
+from .functions import load_function
 from .progress import Progress
 from .report import CheckReport, MetricReport, Mode, PassReport, Report
 from .reproducer import write_reproducer

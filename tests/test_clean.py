@@ -19,7 +19,7 @@ from penjing.ir.verify import problems
 from penjing.passes.base import Context, Effect
 from penjing.passes.ledger import Ledger
 from penjing.passes.pipeline import Pipeline
-from penjing.runtime.feeds import random_feeds
+from penjing.runtime.draws import random_feeds
 from penjing.runtime.session import OrtRunner
 
 Parse = Callable[[str], ir.Model]
