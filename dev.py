@@ -27,7 +27,11 @@ def main(words: list[str]) -> int:
         return 2
     job, *more = words
     if not PYTHON.exists():
-        venv.create(HOME, with_pip=True)
+        try:
+            venv.create(HOME, with_pip=True)
+        except subprocess.CalledProcessError:
+            print(f"No virtual environment could be made in {HOME}; on Debian and Ubuntu, install python3-venv first.")
+            return 2
     extra = "[test]" if job == "test" else ""
     subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--editable", f"{HERE}{extra}"], check=True)
     return subprocess.run([PYTHON, *JOBS[job], *more], cwd=HERE, check=False).returncode
