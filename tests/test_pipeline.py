@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from penjing.ir.errors import InvalidModel, UsageError
 from penjing.passes.base import Context, Effect, Pass, Selection
-from penjing.passes.options import field_types, format_value
+from penjing.passes.options import field_types, format_value, keys
 from penjing.passes.pipeline import Pipeline
 from penjing.passes.registry import all_passes, all_pipelines, register
 
@@ -71,28 +72,34 @@ def test_every_option_of_every_pass_can_be_set_by_text() -> None:
 
 
 def settable(cls: type[Pass], field: str) -> bool:
-    """Whether some value of this option, alone or beside a few others, is accepted and read back from text."""
-    strategy = values(field_types(cls)[field])
-    others = [item.name for item in dataclasses.fields(cls) if item.init and item.name != field]
-    found = False
-    beside = st.lists(st.sampled_from(others), unique=True, max_size=2) if others else st.just([])
+    """Whether some value of this option, alone or beside one or two others, is accepted and read back from text."""
+    kinds = {name: kind for name, kind in field_types(cls).items() if name in keys(cls).values()}
+    default = next(item.default for item in dataclasses.fields(cls) if item.name == field)
+    others = [name for name in kinds if name != field]
+    for count in range(3):
+        for beside in itertools.combinations(others, count):
+            for chosen in itertools.product(*(samples(kinds[name]) for name in (field, *beside))):
+                try:
+                    made = cls(**dict(zip((field, *beside), chosen, strict=True)))
+                except UsageError:
+                    continue
+                if chosen[0] != default and Pipeline.parse(str(made)).parts[0] == made:
+                    return True
+    return False
 
-    @settings(max_examples=500, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(value=strategy, beside=beside, data=st.data())
-    def search(value: Any, beside: list[str], data: st.DataObject) -> None:
-        nonlocal found
-        options = {field: value}
-        for other in beside:
-            options[other] = data.draw(values(field_types(cls)[other]))
-        try:
-            made = cls(**options)
-        except UsageError:
-            return
-        assert Pipeline.parse(str(made)).parts[0] == made
-        default = next(item.default for item in dataclasses.fields(cls) if item.name == field)
-        found = found or value != default
 
-    search()
+def samples(annotation: Any) -> list[Any]:
+    """A few values of a type, among them every word of a Literal."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return list(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return [value for argument in arguments for value in samples(argument)]
+    if origin is tuple:
+        return [tuple(samples(arguments[0]))]
+    if annotation is Selection:
+        return [Selection(("*",))]
+    found: list[Any] = {bool: [True, False], int: [1], float: [0.5], str: ["2:4", "word"], type(None): []}[annotation]
     return found
 
 
