@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def write_reproducer(
         room -= sum(np.asarray(value).nbytes for value in feed.values())
         if index and room < 0:
             break
-        np.savez(folder / "feeds" / f"{index:03}.npz", allow_pickle=False, **feed)
+        _write_feed(folder / "feeds" / f"{index:03}.npz", feed)
     passes = sorted({report.name for report in report.passes})
     facts = {
         "found": breach.reasons,
@@ -103,6 +104,14 @@ def replay(folder: Path) -> int:
         return 1
     print("The breach does not show again with these versions: " + json.dumps(versions()))
     return 0
+
+
+def _write_feed(path: Path, feed: Mapping[str, Any]) -> None:
+    """An ``.npz`` of one run; unlike ``np.savez`` for inputs of any name, ``file`` too."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in feed.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
 
 
 def _copy_modules(names: Iterable[str], folder: Path) -> list[str]:
