@@ -134,6 +134,7 @@ class PenjingFailed(PenjingError):
 def passes_(name: str | None, as_json: bool) -> None:
     """List every pass, or tell all about the pass NAME."""
     from .passes.manual import listing, page, pages
+    from .passes.registry import broken_plugins
     from .runtime.show import show_pages
 
     if as_json:
@@ -142,6 +143,8 @@ def passes_(name: str | None, as_json: bool) -> None:
         click.echo(page(name))
     else:
         show_pages(listing(), _console())
+        for sentence in broken_plugins():
+            click.echo(f"warning: {sentence}", err=True)
 
 
 @cli.command()

@@ -126,7 +126,8 @@ class Context:
 
     def change(self, subject: object, what: str, **numbers: Number) -> None:
         """Write down that ``subject`` (a weight, node, value or address) was changed."""
-        self.ledger.changes.append(Change(_address(subject), what, numbers))
+        plain = {name: number.item() if hasattr(number, "item") else number for name, number in numbers.items()}
+        self.ledger.changes.append(Change(_address(subject), what, plain))
 
     def skip(self, subject: object, reason: str) -> None:
         """Write down that ``subject`` was left alone, and why."""

@@ -60,6 +60,8 @@ def register_surgeon(name: str, function: Callable[[Any], Any], effect: Effect) 
     without loss is refused with a ``UsageError`` that says what would be lost.
     """
 
+    called = getattr(function, "__name__", name)  # a functools.partial has no name
+
     def run(self: Pass, model: ir.Model, ctx: Context) -> None:
         del self
         from ..ir.surgeon import surgeon_step
@@ -67,9 +69,9 @@ def register_surgeon(name: str, function: Callable[[Any], Any], effect: Effect) 
         before = text(model)
         surgeon_step(function, model)
         if text(model) != before:
-            ctx.change("model", f"rewritten by {function.__name__}")
+            ctx.change("model", f"rewritten by {called}")
 
-    return _enter(name, function, run, effect, f"The onnx-graphsurgeon function {function.__name__}.")
+    return _enter(name, function, run, effect, f"The onnx-graphsurgeon function {called}.")
 
 
 def _enter(

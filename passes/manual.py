@@ -12,7 +12,9 @@ from .registry import all_passes, all_pipelines, find
 
 
 def pages(name: str | None = None) -> dict[str, Any]:
-    """The pass ``name``, or all passes and named pipelines, as JSON values."""
+    """The pass or named pipeline ``name``, or all of them, as JSON values."""
+    if name in all_pipelines():
+        return {"passes": [], "pipelines": {name: all_pipelines()[name]}}
     found = {name: find(name)} if name else all_passes()
     entries = [_entry(key, cls) for key, cls in found.items()]
     return {"passes": entries} | ({} if name else {"pipelines": all_pipelines()})

@@ -12,12 +12,18 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..ir.errors import UsageError, nearest
 from .selection import Selection
 
 Raw = str | tuple["Raw", ...]  # a value as it was written, before its field's type gives it meaning
+
+
+class Quoted(str):
+    """Text that was written in quotes: never ``none``."""
+
 
 WORD = re.compile(r"[^\s,{}()'=]+")
 
@@ -87,7 +93,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(format_value(item) for item in value) + ")"
     text = str(value)
-    return text if WORD.fullmatch(text) else "'" + text.replace("'", "''") + "'"
+    return text if WORD.fullmatch(text) and text != "none" else "'" + text.replace("'", "''") + "'"
 
 
 def describe(annotation: Any) -> str:
@@ -113,9 +119,10 @@ def _read(raw: Raw, annotation: Any) -> Any:
     """The value that ``raw`` means under ``annotation``; ``ValueError`` where it means none."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return _first(lambda option: _read(raw, option), arguments)
+        none_first = sorted(arguments, key=lambda option: option is not type(None))
+        return _first(lambda option: _read(raw, option), none_first)
     if annotation is type(None):
-        return None if raw == "none" else _refuse()
+        return None if raw == "none" and not isinstance(raw, Quoted) else _refuse()
     if annotation is Selection:
         return Selection((raw,) if isinstance(raw, str) else tuple(_read(item, str) for item in raw))
     if origin is tuple:
@@ -130,7 +137,7 @@ def _read(raw: Raw, annotation: Any) -> Any:
     if annotation is float:
         number = float(raw)
         return number if math.isfinite(number) else _refuse()
-    return annotation(raw)
+    return str(raw) if annotation is str else annotation(raw)
 
 
 def _coerce(value: Any, annotation: Any) -> Any:
@@ -159,7 +166,7 @@ def _instance(value: Any, kind: Any) -> Any:
     return value if isinstance(value, kind) else _refuse()
 
 
-def _first(attempt: Any, candidates: tuple[Any, ...]) -> Any:
+def _first(attempt: Any, candidates: Iterable[Any]) -> Any:
     for candidate in candidates:
         try:
             return attempt(candidate)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from ..ir.errors import UsageError
 from .base import Context, Pass
 from .instruments import Instrument, Step, Timing, Verify
-from .options import WORD, Raw, read_options
+from .options import WORD, Quoted, Raw, read_options
 from .registry import find, named_pipeline
 from .selection import Selection
 
@@ -151,7 +151,7 @@ class _Reader:
             return self.values()
         if quoted := re.compile(r"\s*'((?:[^']|'')*)'").match(self.text, self.at):
             self.at = quoted.end()
-            return quoted[1].replace("''", "'")
+            return Quoted(quoted[1].replace("''", "'"))
         return self.word("a value")
 
     def values(self) -> Raw:

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar, cast, dataclass_transform
 
 from ..ir.errors import UsageError, nearest
+from .options import WORD
 
 if TYPE_CHECKING:
     from .base import Pass
@@ -24,16 +25,26 @@ P = TypeVar("P", bound="type[Pass]")
 
 _PASSES: dict[str, type[Pass]] = {}
 _PIPELINES: dict[str, str] = {}
+_BROKEN: dict[str, str] = {}  # plug-ins that do not import, and why
 
 
 @dataclass_transform(frozen_default=True)
 def register(name: str) -> Callable[[P], P]:
     """Make a class a frozen dataclass, and let pipeline texts call it ``name`` (kebab-case).
 
-    Raises ``UsageError`` where the name is taken by another class, or the class has no docstring of its own.
+    Raises ``UsageError`` where the name is taken or no text can say it, the class is no ``Pass``, or it has no
+    docstring of its own.
     """
 
     def enter(cls: P) -> P:
+        from .base import Pass
+
+        if not (inspect.isclass(cls) and issubclass(cls, Pass)):
+            raise UsageError(f"What is registered as '{name}' is {cls!r}; it must be a subclass of penjing.Pass.")
+        if not WORD.fullmatch(name):
+            raise UsageError(f"No pipeline text can say the pass name {name!r}; use letters, digits and dashes.")
+        if not cls.__module__.startswith(f"{__package__}."):
+            _import_families()  # so that a name of penjing's own is known to be taken
         known = _PASSES.get(name)
         if name in _PIPELINES or (known and not _same(known, cls)):
             raise UsageError(f"The pass name '{name}' is taken by {known or 'a named pipeline'}; choose another.")
@@ -63,19 +74,16 @@ def register_pipeline(name: str, text: str) -> None:
 
 def find(name: str) -> type[Pass]:
     """The pass called ``name``; raises ``UsageError`` with the nearest name."""
+    _look_up(name)
     if name not in _PASSES:
-        _import_families()
-    if name not in _PASSES:
-        _import_plugins()
-    if name not in _PASSES:
-        known = [*_PASSES, *_PIPELINES]
-        raise UsageError(f"There is no pass '{name}'.{nearest(name, known)} `penjing passes` lists them all.")
+        hint = nearest(name, [*_PASSES, *_PIPELINES]) + "".join(f" {sentence}" for sentence in _BROKEN.values())
+        raise UsageError(f"There is no pass '{name}'.{hint} `penjing passes` lists them all.")
     return _PASSES[name]
 
 
 def named_pipeline(name: str) -> str | None:
     """The steps that ``name`` stands for, or ``None`` where it is no named pipeline."""
-    _import_families()
+    _look_up(name)
     return _PIPELINES.get(name)
 
 
@@ -93,6 +101,19 @@ def all_pipelines() -> dict[str, str]:
     return dict(sorted(_PIPELINES.items()))
 
 
+def broken_plugins() -> list[str]:
+    """A sentence for each plug-in that does not import."""
+    _import_plugins()
+    return list(_BROKEN.values())
+
+
+def _look_up(name: str) -> None:
+    """Import what may define ``name``, third parties last."""
+    _import_families()
+    if name not in _PASSES and name not in _PIPELINES:
+        _import_plugins()
+
+
 @functools.cache
 def _import_families() -> None:
     package = importlib.import_module(__package__)
@@ -107,7 +128,8 @@ def _import_plugins() -> None:
     for point in entry_points(group="penjing.passes"):
         try:
             loaded = point.load()
-        except Exception as error:
-            raise UsageError(f"The plug-in '{point.name}' ({point.value}) does not import: {error}") from error
-        if inspect.isclass(loaded) and loaded.__dict__.get("name") not in _PASSES:
-            register(point.name)(cast("type[Pass]", loaded))
+            if inspect.isclass(loaded) and loaded.__dict__.get("name") not in _PASSES:
+                register(point.name)(cast("type[Pass]", loaded))
+        except Exception as error:  # one broken plug-in must not take the others, or penjing's own, with it
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            _BROKEN[point.name] = f"The plug-in '{point.name}' ({point.value}) does not import: {reason}."

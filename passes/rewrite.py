@@ -140,7 +140,8 @@ class _Rewriter:
         self.limit = 10 * sum(len(scope.graph) for scope in found) + 1000
         for scope in found:
             for node in scope.graph:  # new nodes come after the root, so that the walk meets them too
-                self.visit(scope, node)
+                if (node.domain, node.op_type) in self.rules:
+                    self.visit(scope, node)
         self.walking = False
         places = {scope.graph: scope for scope in found}
         while self.again:
@@ -200,6 +201,7 @@ class _Rewriter:
         for node in match.nodes[1:]:
             if node.graph is not None:
                 freed += node.outputs
+        freed = list(dict.fromkeys(freed))  # a constant may be freed many times, and each look at its uses copies them
         discard(freed)
         for value, old in tape.heirs:
             if not _is_there(old):

@@ -23,6 +23,9 @@ class Selection:
 
     patterns: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", tuple(self.patterns))
+
     def __bool__(self) -> bool:
         return bool(self.patterns)
 
@@ -34,12 +37,11 @@ class Selection:
         """Raise ``UsageError`` for the first pattern that matches nothing in ``model``, with the nearest name."""
         if not self.patterns:
             return
-        faces = list(dict.fromkeys(_model_faces(model)))
+        faces = [face for face in dict.fromkeys(_model_faces(model)) if face not in ("", "node:")]
         for pattern in self.patterns:
             if not _matches(pattern, faces):
                 raise UsageError(
-                    f"{option}={pattern} matches no weight and no node of the model."
-                    f"{nearest(pattern, faces)} `penjing inspect MODEL` lists them."
+                    f"{option}={pattern} matches no weight and no node of the model.{nearest(pattern, faces)}"
                 )
 
 
