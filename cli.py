@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,13 +78,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
     "--check", type=click.Choice(["off", "end", "each"]), default="end", show_default=True, help="When to check."
 )
 @click.option("--strict", is_flag=True, help="Warnings are errors.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(), help="Write the report here as JSON.")
 @click.option("--print", "printing", type=click.Choice(["changed", "all"]), help="Print the model's text after passes.")
-@click.option("--force", is_flag=True, help="Overwrite OUT.")
+@click.option("--force", is_flag=True, help="Overwrite OUT and the report.")
 @debug
 def run(model: str, passes: str, output: str, json_file: str | None, **options: Any) -> None:
     """Run passes over MODEL, prove the result with ONNX Runtime, and write it."""
+    from .ir.files import disk_bytes
     from .passes.instruments import Printing
     from .passes.pipeline import Pipeline
     from .runtime.run import BoundExceeded
@@ -93,9 +96,13 @@ def run(model: str, passes: str, output: str, json_file: str | None, **options: 
     force, printing, partners = (options.pop(name) for name in ("force", "printing", "partners"))
     pipeline = Pipeline.parse(passes)
     require_writable(output, force)
+    if json_file:
+        require_writable(json_file, force)
     out = _console()
+    cause = None
     with _bar().shown() as bar:
         loaded = _load(model)
+        size = disk_bytes(loaded, model)
         try:
             report = run_passes(
                 loaded,
@@ -106,19 +113,23 @@ def run(model: str, passes: str, output: str, json_file: str | None, **options: 
                 instruments=[Printing(click.echo, printing == "all")] if printing else [],
                 progress=bar,
             )
+            if size <= LARGE:
+                bar.say("timing")
+                report.latency = _latency(model, loaded, options["data"])
             bar.say("writing")
             _save(loaded, output)
             report.target = output
-            if report.input.bytes <= LARGE:
-                bar.say("timing")
-                report.latency = _latency(model, output, options["data"])
         except BoundExceeded as error:
-            report = error.report
+            report, cause = error.report, error
+    report.input = dataclasses.replace(report.input, bytes=size)
     if json_file:
         report.write(json_file)
+    if not report.failure and Path(f"{output}.reproducer", "run.json").exists():
+        shutil.rmtree(f"{output}.reproducer")  # of an earlier run with this output
     show_report(report, out)
     if report.failure:
-        raise PenjingFailed(f"{report.failure}\n{output} was not written.{_pointer(report.reproducer)}")
+        message = f"{report.failure}\n{output} was not written.{_pointer(report.reproducer)}"
+        raise PenjingFailed(message) from cause
 
 
 class PenjingFailed(PenjingError):
@@ -169,7 +180,7 @@ def inspect(model: str, as_json: bool) -> None:
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--data", help=DATA_HELP)
-@click.option("--seed", type=int, default=0, show_default=True, help="For random feeds, where no data are given.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For random feeds.")
 @as_json
 @debug
 def compare(a: str, b: str, data: str | None, seed: int, as_json: bool) -> None:
@@ -249,7 +260,7 @@ def _save(model: Any, path: str) -> None:
     save(model, path)
 
 
-def _latency(before: str, after: str, data: str | None) -> dict[str, float] | None:
+def _latency(before: str, after: Any, data: str | None) -> dict[str, float] | None:
     """Milliseconds a run before and after, interleaved; nothing where either does not run on the feeds."""
     from .runtime.measure import latency
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -46,10 +45,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 def constant_array(value: ir.Value | None, at_most: int = 1 << 20) -> Array | None:
     """What ``value`` always holds, in its own dtype; ``None`` where that is unknown, or more than ``at_most`` bytes."""
     tensor = constant_tensor(value)
-    if tensor is None or value is None:
-        return None
-    sizes = value.shape if value.shape is not None and value.shape.is_static() else tensor.shape  # quicker to ask
-    return tensor.numpy() if math.prod(sizes.numpy()) * tensor.dtype.bitwidth <= 8 * at_most else None
+    return tensor.numpy() if tensor is not None and tensor.nbytes <= at_most else None
 
 
 def constant_ints(value: ir.Value | None) -> tuple[int, ...] | None:

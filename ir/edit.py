@@ -35,8 +35,9 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self._counts = Counter(_value_names(model))
-        self._counts.update([node.name for _, graph in graphs(model) for node in graph if node.name])
+        found = [graph for _, graph in graphs(model)]
+        self._counts = Counter(_value_names(found))
+        self._counts.update([node.name for graph in found for node in graph if node.name])
         self._next: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -69,7 +70,7 @@ class Names:
 
 def scope_names(model: ir.Model) -> set[str]:
     """The names of all values, in every scope."""
-    return set(_value_names(model))
+    return set(_value_names(graph for _, graph in graphs(model)))
 
 
 def fresh_name(where: ir.Model | Names, stem: str) -> str:
@@ -223,9 +224,9 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _value_names(model: ir.Model) -> list[str]:
+def _value_names(found: Iterable[ir.Graph]) -> list[str]:
     names: list[str | None] = []
-    for _, graph in graphs(model):
+    for graph in found:
         names += [value.name for value in graph.inputs]
         names += graph.initializers
         names += [value.name for node in graph for value in node.outputs]

@@ -38,6 +38,11 @@ class NeedsData(PenjingError):
     """A pass reads something from its context that the user did not give."""
 
 
+def one_line(error: BaseException) -> str:
+    """Type and message of an error of somebody else's, without its line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

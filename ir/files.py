@@ -155,8 +155,9 @@ def _undecodable(start: bytes, reason: str) -> str:
 def _undisturbed() -> Iterator[None]:
     """Let onnx_ir build a graph or a protobuf without two interruptions.
 
-    Nothing is dropped on the way, so looking for garbage would be a third of the time for nothing. And what it logs of
-    broken models, with their names as they stand, ``verify`` says with the names escaped.
+    Nothing is dropped on the way, so looking for garbage would be a third of the time for nothing; nor is what was
+    built young, as the collector would take it to be. And what onnx_ir logs of broken models, with their names as they
+    stand, ``verify`` says with the names escaped.
     """
     collecting, log = gc.isenabled(), logging.getLogger("onnx_ir.serde")
     level = log.level
@@ -167,6 +168,9 @@ def _undisturbed() -> Iterator[None]:
     finally:
         log.setLevel(level)
         if collecting:
+            if not gc.get_freeze_count():  # else unfreezing would undo the caller's own freeze
+                gc.freeze()
+                gc.unfreeze()  # the two move all objects to the oldest generation, without a walk over them
             gc.enable()
 
 

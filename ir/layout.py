@@ -15,7 +15,7 @@ import onnx_ir as ir
 from .address import printable
 from .errors import BadFile
 from .external import MappedTensor
-from .tensors import Holder, tensors
+from .tensors import Holder, is_external, tensors
 
 INLINE_BELOW = 1 << 10
 """Bytes. Smaller tensors stay in the model: ONNX Runtime wants shapes, axes and the like there."""
@@ -65,14 +65,14 @@ def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
     if external is None:
         external = (
             bool(model.meta.get("penjing.external"))
-            or any(isinstance(tensor, ir.ExternalTensor) for _, tensor in held)
+            or any(is_external(tensor) for _, tensor in held)
             or sum(tensor.nbytes for _, tensor in held) > large
         )
     in_nodes = sum(tensor.nbytes for holder, tensor in held if holder.attribute)
     layout = Layout()
     slots: dict[object, Slot] = {}
     for holder, tensor in held:
-        came = isinstance(tensor, ir.ExternalTensor)
+        came = is_external(tensor)
         small = tensor.nbytes < INLINE_BELOW or tensor.dtype == ir.DataType.STRING
         if external and not small and (not holder.attribute or came or in_nodes > large):
             key = _storage(tensor)

@@ -139,11 +139,11 @@ class Match:
             elif not self._nested(item, value, node, opset):
                 return False
         if pattern.rest is None:
-            if any(value is not None for value in inputs[listed:]):
+            if len(inputs) > listed and any(value is not None for value in inputs[listed:]):
                 return False
         elif not self._bind(pattern.rest, tuple(inputs[listed:])):
             return False
-        return all(self._attribute(node, opset, *item) for item in pattern.attributes)
+        return not pattern.attributes or all(self._attribute(node, opset, *item) for item in pattern.attributes)
 
     def _nested(self, pattern: Pattern, value: ir.Value | None, user: ir.Node, opset: Mapping[str, int]) -> bool:
         producer = value.producer() if value is not None else None

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from .constants import constant_tensor
-from .scopes import Scope, scopes, values
+from .scopes import Scope, scopes
 
 Dims: TypeAlias = "tuple[int | str | None, ...]"
 _INTEGERS, _FLOATS = 128, 16  # elements; no operator reads its output's shape from more
@@ -223,14 +223,29 @@ def _inferred(proto: onnx.TypeProto, names: set[str] | None) -> Inferred | None:
     return Inferred(found, tuple(d if isinstance(d, int) or names is None or d in names else None for d in plain))
 
 
+class _Numbers(dict[ir.Value | None, bytes]):
+    """The name of each value, after its length: eight digits, given when first asked for; none for one left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listed: list[ir.Value] = []
+
+    def __missing__(self, value: ir.Value | None) -> bytes:
+        found = b"\x00"
+        if value is not None and value.name != "":
+            found = b"\x08%08x" % len(self.listed)
+            self.listed.append(value)
+        self[value] = found
+        return found
+
+
 class _Writer:
     """The structure of a model in protobuf's wire format (onnx.proto3): a value is named by its number."""
 
     def __init__(self, model: ir.Model) -> None:
         self.source = model
-        self.numbers: dict[ir.Value, bytes] = {}
+        self.numbers = _Numbers()
         self.operators: dict[ir.OperatorIdentifier, bytes] = {}
-        self.listed: list[ir.Value] = []
         self.names: set[str] = set()  # of dimensions; the inference makes up more
         self.nested = False
         self.constants: dict[ir.Value, Inferred] = {}  # outputs of Constant nodes
@@ -239,22 +254,10 @@ class _Writer:
         self.attributes: dict[object, bytes] = {}
 
     def value(self, name: str) -> ir.Value | None:
-        return self.listed[int(name)] if name else None
-
-    def number(self, value: ir.Value | None) -> bytes:
-        """The name of a value, after its length."""
-        if value is None or value.name == "":
-            return b"\x00"
-        found = self.numbers.get(value)
-        if found is None:
-            name = b"%d" % len(self.listed)
-            found = self.numbers[value] = b"%c%b" % (len(name), name)
-            self.listed.append(value)
-        return found
+        return self.numbers.listed[int(name, 16)] if name else None
 
     def model(self, pins: Iterable[ir.Value]) -> bytes:
         model = self.source
-        self._note_names()
         body = self.graph(model.graph, b"", [_chunk(13, self.info(value, True)) for value in pins])
         graph = b"".join((body, *self.inputs, *self.initializers))
         opsets = b"".join(
@@ -284,18 +287,16 @@ class _Writer:
         return b"".join((*parts, *more))
 
     def node(self, node: ir.Node) -> bytes:
-        number = self.number
-        parts = [b"\x0a" + number(value) for value in node.inputs]
-        parts += [b"\x12" + number(value) for value in node.outputs]
+        number = self.numbers.__getitem__
         key = node.op_identifier()
         operator = self.operators.get(key)
         if operator is None:
             domain, op_type, overload = (word.encode() for word in key)
             operator = self.operators[key] = _chunk(4, op_type) + _chunk(7, domain) + _chunk(8, overload)
-        parts.append(operator)
-        if node.attributes:
-            parts += [_chunk(5, self.attribute(attribute)) for attribute in node.attributes.values()]
-        return b"".join(parts)
+        inputs = b"\x0a".join((b"", *map(number, node.inputs)))
+        outputs = b"\x12".join((b"", *map(number, node.outputs)))
+        attributes = [_chunk(5, self.attribute(attribute)) for attribute in node.attributes.data.values()]
+        return b"".join((inputs, outputs, operator, *attributes))
 
     def attribute(self, attribute: ir.Attr) -> bytes:
         if attribute.type in _GRAPHS and not attribute.is_ref():
@@ -317,30 +318,33 @@ class _Writer:
 
     def info(self, value: ir.Value, typed: bool) -> bytes:
         """A ValueInfoProto."""
-        name = b"\x0a" + self.number(value)
-        return name + _type(value.type, value.shape) if typed and value.type is not None else name
+        name = b"\x0a" + self.numbers[value]
+        if not typed or value.type is None:
+            return name
+        self.names.update(size for size in dims(value) or () if isinstance(size, str))
+        return name + _type(value.type, value.shape)
 
     def constant(self, value: ir.Value, tensor: ir.TensorProtocol | None) -> None:
         """Constants of all graphs become the main graph's, visible everywhere: a body's inputs are its own."""
-        name = b"\x0a" + self.number(value)
         if tensor is None:
             self.inputs.append(_chunk(11, self.info(value, True)))
             return
-        sizes, dtype = static_dims(value), tensor.dtype
+        sizes, dtype, number = static_dims(value), tensor.dtype, self.numbers[value]
         if sizes is None:
             sizes = tuple(tensor.shape.numpy())
-        if dtype == ir.DataType.STRING or math.prod(sizes) > (_INTEGERS if dtype.is_integer() else _FLOATS):
-            self.inputs.append(_chunk(11, name + _tensor_type(dtype, sizes)))
+        if _may_tell_a_shape(dtype, sizes):
+            head = b"".join(b"\x08" + _varint(size) for size in sizes) + b"\x10" + _varint(int(dtype))
+            self.initializers.append(_chunk(5, head + b"\x42" + number + _chunk(9, tensor.tobytes())))
         else:
-            whole = b"".join(b"\x08" + _varint(size) for size in sizes) + b"\x10" + _varint(int(dtype))
-            data = _chunk(9, tensor.tobytes())
-            self.initializers.append(_chunk(5, whole + b"\x42" + name[1:] + data))
+            self.inputs.append(_chunk(11, b"\x0a" + number + _tensor_type(dtype, sizes)))
 
-    def _note_names(self) -> None:
-        for scope in scopes(self.source):
-            for value in values(scope.graph):
-                if value.shape is not None:
-                    self.names.update(d.value for d in value.shape if not isinstance(d, int) and d.value)
+
+@functools.lru_cache(1024)
+def _may_tell_a_shape(dtype: ir.DataType, sizes: tuple[int, ...]) -> bool:
+    """Whether an operator might read its output's shape from such a constant: from integers, or a list of scales."""
+    if dtype.is_integer():
+        return math.prod(sizes) <= _INTEGERS
+    return dtype != ir.DataType.STRING and len(sizes) < 2 and math.prod(sizes) <= _FLOATS
 
 
 @functools.lru_cache(1024)

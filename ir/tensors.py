@@ -76,6 +76,16 @@ def held(graph: ir.Graph, node: ir.Node) -> Iterator[tuple[Holder, ir.TensorProt
             yield from ((Holder(graph, node, name, index), tensor) for index, tensor in enumerate(attribute.value))
 
 
+def is_external(tensor: ir.TensorProtocol) -> bool:
+    """``isinstance(tensor, ir.ExternalTensor)``, asked once a class: the protocol behind it makes that slow."""
+    return _is_external(type(tensor))
+
+
+@functools.cache
+def _is_external(kind: type) -> bool:
+    return issubclass(kind, ir.ExternalTensor)
+
+
 @contextlib.contextmanager
 def standing_in(pairs: Iterable[tuple[Holder, ir.TensorProtocol]]) -> Iterator[None]:
     """Let other tensors take the holders' places for the length of the block; the very same objects come back after."""

@@ -96,7 +96,7 @@ class _Walk:
             if scope.holder is not None:
                 self.define(scope, scope.holder)
                 scope.holder = None
-            this, values, visible = scope.graph, scope.values, self.visible
+            this = scope.graph
             for node in scope.nodes:
                 seen.add(node)
                 inputs = node.inputs
@@ -112,15 +112,7 @@ class _Walk:
                     scope.holder = node
                     stack += reversed(held)
                     break
-                outputs = node.outputs
-                values += outputs
-                defined.update(outputs)
-                for index, value in enumerate(outputs):
-                    name = value.name
-                    if not name or name in visible or value.producer() is not node or value.index() != index:
-                        self.output_of(scope, node, index, value)
-                    else:
-                        visible[name] = value
+                self.define(scope, node)
             else:
                 self.leave(scope)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar, cast, dataclass_transform
 
-from ..ir.errors import UsageError, nearest
+from ..ir.errors import UsageError, nearest, one_line
 from .options import WORD
 
 if TYPE_CHECKING:
@@ -131,5 +131,4 @@ def _import_plugins() -> None:
             if inspect.isclass(loaded) and loaded.__dict__.get("name") not in _PASSES:
                 register(point.name)(cast("type[Pass]", loaded))
         except Exception as error:  # one broken plug-in must not take the others, or penjing's own, with it
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            _BROKEN[point.name] = f"The plug-in '{point.name}' ({point.value}) does not import: {reason}."
+            _BROKEN[point.name] = f"The plug-in '{point.name}' ({point.value}) does not import: {one_line(error)}."

@@ -10,7 +10,7 @@ first bad pass. Passes that lose precision are measured over the whole run and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,18 +40,18 @@ class Segment:
 class Breach(PenjingError):
     """A pass did not keep its effect, or the run a bound. ``before`` is the model found, ``feeds`` show the difference.
 
-    ``pass_`` is the text of the culprit, or of the whole pipeline.
+    ``pass_`` is the text of the culprit, or of the whole pipeline; ``message`` says it all.
     """
 
     exit_code = 1
 
-    def __init__(self, pass_: str, reasons: list[str], before: ir.Model | None, feeds: Feeds) -> None:
+    def __init__(self, pass_: str, reasons: list[str], before: ir.Model, feeds: Feeds, message: str = "") -> None:
         self.pass_ = pass_
         self.reasons = reasons
         self.before = before
         self.feeds = feeds
         shown = "\n".join(f"  {reason}" for reason in reasons[:10])
-        super().__init__(f"{pass_} broke its promise:\n{shown}")
+        super().__init__(message or f"{pass_} broke its promise:\n{shown}")
 
 
 class Checker(Instrument):
@@ -63,13 +63,16 @@ class Checker(Instrument):
     def __init__(self, runner: OrtRunner, feeds: Feeds, ctx: Context, mode: Mode) -> None:
         self.segments: list[Segment] = []
         self._runner, self._feeds, self._ctx, self._mode = runner, feeds, ctx, mode
+        self.last_change: ir.Model | None = None  # what the last pass that changed the interface found
         self._start: ir.Model | None = None
         self._open: list[Pass] = []
 
     def before(self, step: Step, model: ir.Model) -> None:
+        pass_ = step.pass_
+        if changes_interface(pass_):
+            self.last_change = model.clone()
         if self._mode == "off":
             return
-        pass_ = step.pass_
         alone = self._mode == "each" or changes_interface(pass_)
         if alone or pass_.effect() is Effect.LOSSY:
             self.finish(model)
@@ -119,7 +122,10 @@ def judge_passes(
     reasons = judge.breaches("rounding", max(rounding, 1))
     if not rounding:
         exact = Judge()
-        for old, new in zip(runner.run(before, feeds, level="off"), runner.run(after, feeds, level="off"), strict=True):
+        plain = runner.run(before, feeds, level="off")
+        for old, new in zip(plain, _guarded(runner, after, feeds, "off"), strict=False):
+            if isinstance(new, str):
+                return [new]
             exact.add(old, old, new)
         reasons = reasons or exact.breaches("same", 1)
     return reasons
@@ -137,10 +143,14 @@ def judge_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRun
     return judge
 
 
-def compare_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRunner) -> Comparison | str:
-    """How far apart two models' outputs are at full optimization, or why ``after`` did not run."""
-    judge = judge_models(before, after, feeds, runner)
-    return judge if isinstance(judge, str) else judge.comparison
+def compare_models(expected: Iterable[Outputs], after: ir.Model, feeds: Feeds, runner: OrtRunner) -> Comparison | str:
+    """How far the outputs of ``after`` at full optimization are from those expected, or why it did not run."""
+    judge = Judge()
+    for wanted, found in zip(expected, _guarded(runner, after, feeds), strict=False):
+        if isinstance(found, str):
+            return found
+        judge.add(wanted, None, found)
+    return judge.comparison
 
 
 def bisect(passes: Sequence[Pass], start: ir.Model, feeds: Feeds, runner: OrtRunner, ctx: Context) -> Breach | None:

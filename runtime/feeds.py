@@ -15,19 +15,21 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..ir.errors import BadFeeds
+from ..ir.errors import BadFeeds, one_line
 from ..passes.base import Array
 from .functions import load_function
 from .inputs import Feed, Input, batch_size, common_length, counted, fit, fit_all, match_names, words
 
 Path_ = str | os.PathLike[str]
+Labels = Array | Sequence[int] | Path_  # int64 [samples], or the path of such an .npy
 
 
 @dataclass(eq=False)
 class Feeds:
     """Sample inputs for one model: each walk yields the same runs, one dict of arrays by input name for each.
 
-    ``runs`` and ``samples`` are ``None`` where they are known only after a walk. ``labels`` are int64 [samples].
+    ``runs`` and ``samples`` are ``None`` where they are known only after a walk. ``left_out`` counts samples that fill
+    no batch. ``labels`` are int64 [samples].
     ``notes`` are sentences about samples that no run holds.
     """
 
@@ -35,6 +37,7 @@ class Feeds:
     walk: Callable[[], Iterator[Feed]]
     runs: int | None = None
     samples: int | None = None
+    left_out: int = 0
     labels: Array | None = None
     random: bool = False
     notes: list[str] = field(default_factory=list)
@@ -51,7 +54,7 @@ class Feeds:
         return f"runs of {self.source}" if self.runs is None else f"{counted(self.runs, 'run')} of {self.source}"
 
 
-def read_feeds(spec: Any, model: ir.Model, *, labels: Array | Path_ | None = None) -> Feeds:
+def read_feeds(spec: Any, model: ir.Model, *, labels: Labels | None = None) -> Feeds:
     """The samples that ``spec`` names, checked against the inputs of ``model``.
 
     ``spec`` is the path of an ``x.npz`` (batch first, one array an input; an array without dimensions goes into every
@@ -69,18 +72,21 @@ def read_feeds(spec: Any, model: ir.Model, *, labels: Array | Path_ | None = Non
         feeds = _called(spec, getattr(spec, "__name__", "the data"), inputs)
     elif isinstance(spec, str | os.PathLike):
         feeds = _read(os.fspath(spec), inputs)
-    else:
+    elif isinstance(spec, Iterable):
         feeds = _listed(list(spec), inputs)
+    else:
+        raise BadFeeds(f"The data are {spec!r}; they must be a path, a mapping of arrays or a list of mappings.")
     if labels is not None:
-        given = labels if isinstance(labels, np.ndarray) else read_labels(labels)
-        feeds.labels = _labels(given, feeds, "The labels")
+        feeds.labels = _labels(read_labels(labels), feeds, "The labels")
     return feeds
 
 
-def read_labels(source: Array | Path_) -> Array:
-    """Labels, int64 [samples], from an ``.npy`` file or an array. Raises ``BadFeeds``."""
-    place = "The array of labels" if isinstance(source, np.ndarray) else os.fspath(source)
-    found = source if isinstance(source, np.ndarray) else _load_numpy(Path(source))
+def read_labels(source: Labels) -> Array:
+    """Labels, int64 [samples], from an ``.npy`` file, an array or a list. Raises ``BadFeeds``."""
+    if isinstance(source, str | os.PathLike):
+        place, found = os.fspath(source), _load_numpy(Path(source))
+    else:
+        place, found = "The array of labels", np.asarray(source)
     if not isinstance(found, np.ndarray):
         raise BadFeeds(f"{place} holds several arrays; labels are one array in an .npy file.")
     if found.ndim != 1 or found.dtype.kind not in "iu":
@@ -124,12 +130,12 @@ def _batches(arrays: Mapping[str, Any], place: str, inputs: Sequence[Input], nam
             yield {key: array if key in whole else array[rows] for key, array in fitted.items()}
 
     feeds = Feeds(name or place, walk, math.ceil(used / size), samples)
-    if labels is not None:
-        feeds.labels = _labels(read_labels(labels), feeds, f"The array 'labels' in {place}")
     if used < samples:
         left = counted(samples - used, "sample")
         feeds.notes.append(f"The last {left} of {samples} in {place} do not fill a batch of {size} and are left out.")
-        feeds.samples, feeds.labels = used, None if feeds.labels is None else feeds.labels[:used]
+        feeds.samples, feeds.left_out = used, samples - used
+    if labels is not None:
+        feeds.labels = _labels(read_labels(labels), feeds, f"The array 'labels' in {place}")
     return feeds
 
 
@@ -165,14 +171,14 @@ def _called(function: Callable[[], Iterable[Mapping[str, Any]]], name: str, inpu
         try:
             made = iter(function())
         except Exception as error:
-            raise BadFeeds(f"{name} raised {type(error).__name__}: {error}") from error
+            raise BadFeeds(f"{name} raised {one_line(error)}") from error
         for number in itertools.count():
             try:
                 feed = next(made)
             except StopIteration:
                 return
             except Exception as error:
-                raise BadFeeds(f"{name} raised {type(error).__name__} after {number} runs: {error}") from error
+                raise BadFeeds(f"{name} raised {one_line(error)} (after {number} runs)") from error
             if not isinstance(feed, Mapping):
                 raise BadFeeds(f"{name} gave {type(feed).__name__}; it must yield dicts, one array for each input.")
             yield fit_all(feed, f"run {number} of {name}", inputs)
@@ -213,6 +219,22 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
         raise BadFeeds(f"{path} cannot be read as numpy arrays: {what}") from error
 
 
+def write_data_set(feed: Mapping[str, Any], model: ir.Model, folder: Path) -> None:
+    """Write one run as an ONNX test data set: ``input_<n>.pb`` in the order of the inputs of ``model``."""
+    from onnx import numpy_helper
+
+    folder.mkdir(parents=True)
+    given = [(value.name or "", value.type) for value in model.graph.inputs if value.name in feed]
+    for place, (name, kind) in enumerate(given):
+        if isinstance(kind, ir.OptionalType):
+            proto: Any = numpy_helper.from_optional(feed[name], name)
+        elif isinstance(kind, ir.SequenceType):
+            proto = numpy_helper.from_list(feed[name], name)
+        else:
+            proto = numpy_helper.from_array(np.asarray(feed[name]), name)
+        (folder / f"input_{place}.pb").write_bytes(proto.SerializeToString())
+
+
 def _read_data_set(folder: Path, inputs: Sequence[Input]) -> Feed:
     """``input_<n>.pb`` of one ONNX test data set, by position."""
     files = sorted(folder.glob("input_*.pb"), key=_by_number)
@@ -243,9 +265,10 @@ def _by_number(path: Path) -> tuple[int, str]:
 
 
 def _labels(labels: Array, feeds: Feeds, place: str) -> Array:
-    if feeds.samples is not None and len(labels) != feeds.samples:
+    """Labels of the samples in ``feeds``; those of samples that no run holds may be among them."""
+    if feeds.samples is not None and len(labels) not in (feeds.samples, feeds.samples + feeds.left_out):
         raise BadFeeds(f"{place} are {len(labels)}, and {feeds.source} has {counted(feeds.samples, 'sample')}.")
-    return read_labels(labels)
+    return read_labels(labels)[: feeds.samples]
 
 
 def _digest(feed: Feed) -> str:

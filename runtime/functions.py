@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..ir.errors import UsageError, nearest
+from ..ir.errors import UsageError, nearest, one_line
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     try:
         module = _run_file(Path(source)) if is_file else _import(source)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{what} {spec}: importing {source} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{what} {spec}: importing {source} raised {one_line(error)}") from error
     functions = [key for key, value in vars(module).items() if callable(value)]
     if name not in functions:
         raise UsageError(f"{what} {spec}: {source} has no function '{name}'.{nearest(name, functions)}")

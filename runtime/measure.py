@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 from ..ir.errors import BadFeeds
 from ..ir.files import disk_bytes
@@ -151,12 +152,11 @@ def bench(
 
 
 def latency(
-    before: str | os.PathLike[str], after: str | os.PathLike[str], data: Any = None, *, seconds: float = 1.0
+    before: str | os.PathLike[str], after: ir.Model | str | os.PathLike[str], data: Any = None, *, seconds: float = 1.0
 ) -> dict[str, float]:
-    """``before_ms`` and ``after_ms``, median wall milliseconds a run of two files, interleaved."""
-    paths = [os.fspath(before), os.fspath(after)]
-    runs = _first(feeds_for(load(paths[0]), data))
-    clocks = interleave([open_session(path) for path in paths], runs, seconds=2 * seconds)
+    """``before_ms`` and ``after_ms``, median wall milliseconds a run of two models, interleaved."""
+    runs = _first(feeds_for(load(before), data))
+    clocks = interleave([open_session(before), open_session(after)], runs, seconds=2 * seconds)
     middle = 1e3 * np.median(clocks.wall, axis=1)
     return {"before_ms": float(middle[0]), "after_ms": float(middle[1])}
 

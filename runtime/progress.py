@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ..passes.base import Feeds
 from ..passes.instruments import Instrument, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
     from rich.console import Console
 
-T = TypeVar("T")
+    from ..passes.base import Array
 
 
 class Progress(Instrument):
@@ -21,32 +25,51 @@ class Progress(Instrument):
     def say(self, words: str) -> None:
         """What is being done now."""
 
-    def track(self, items: Iterable[T], words: str) -> Iterator[T]:
-        """The items, each counted as done when the next is asked for."""
-        self.say(words)
-        yield from items
+    def count(self, done: int, total: int | None) -> None:
+        """How much of it is done."""
+
+    def watched(self, feeds: Feeds, words: str) -> Feeds:
+        """The same feeds; each walk over them is counted run by run."""
+        return _Watched(feeds, words, self)
 
     def before(self, step: Step, model: ir.Model) -> None:
-        self.say(f"{step.pass_.name or step.pass_}")
+        self.say(step.pass_.name or str(step.pass_))
+
+
+@dataclass(frozen=True)
+class _Watched:
+    feeds: Feeds
+    words: str
+    progress: Progress
+
+    def __iter__(self) -> Iterator[Mapping[str, Array]]:
+        self.progress.say(self.words)
+        for done, feed in enumerate(self.feeds, 1):
+            yield feed
+            self.progress.count(done, getattr(self.feeds, "runs", None))
 
 
 class Bar(Progress):
-    """A spinner with what is going on, drawn by rich on standard error and gone at the end."""
+    """A bar with what is going on, drawn by rich on standard error and gone at the end; off if that is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._status = console.status("loading")
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        off = not console.is_terminal
+        self._bar = RichProgress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=off)
+        self._task = self._bar.add_task("loading", total=None)
 
     def say(self, words: str) -> None:
         from rich.markup import escape
 
-        self._status.update(escape(words))
+        self._bar.reset(self._task, description=escape(words), total=None)
 
-    def track(self, items: Iterable[T], words: str) -> Iterator[T]:
-        for count, item in enumerate(items, 1):
-            self.say(f"{words}, {count} done")
-            yield item
+    def count(self, done: int, total: int | None) -> None:
+        self._bar.update(self._task, completed=done, total=total)
 
     @contextmanager
     def shown(self) -> Iterator[Bar]:
-        with self._status:
+        with self._bar:
             yield self

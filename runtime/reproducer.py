@@ -1,31 +1,32 @@
 """A folder that fails alone: the model, the pipeline text, the feeds, the seed and the versions of a breach.
 
 OUT.reproducer/
-    reproduce.py       run me: exit code 1 where the breach shows again
-    run.json           pipeline text, seed, bounds, versions, what was found
-    model.onnx         the model that the bad pass was given
-    feeds/*.npz        the runs that show it
-    pass_*.py          sources of passes that are not penjing's own; metric.py, the user's metric
+    reproduce.py              run me: exit code 1 where the breach shows again, 2 where it cannot be run
+    run.json                  pipeline text, check, seed, bounds, versions, what was found
+    model.onnx                the model that the bad pass was given
+    feeds/test_data_set_*/    the runs that show it, as ONNX keeps test data
+    pass_*.py, metric.py      sources of passes that are not penjing's own, and of the user's metric
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
 import os
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..ir.errors import PenjingError
+from ..ir.errors import PenjingError, UsageError
 from ..ir.files import load, save
+from ..passes.pipeline import Pipeline
 from ..passes.registry import find
+from .feeds import write_data_set
+from .functions import load_function
 from .report import Report, versions
 
 if TYPE_CHECKING:
@@ -51,102 +52,129 @@ def write_reproducer(
     report: Report,
     bounds: Mapping[str, float | None],
     metric: Callable[[Any], float] | str | None,
+    strict: bool,
 ) -> None:
     """Write what shows ``breach`` again into ``folder``, in place of an older reproducer of the same name."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "feeds").mkdir(parents=True)
-    if breach.before is not None:
-        save(breach.before, folder / "model.onnx")
+    save(breach.before, folder / "model.onnx")
     room = MOST_FEED_BYTES
     for index, feed in enumerate(breach.feeds):
-        room -= sum(np.asarray(value).nbytes for value in feed.values())
+        room -= sum(int(getattr(value, "nbytes", 0)) for value in feed.values())
         if index and room < 0:
             break
-        _write_feed(folder / "feeds" / f"{index:03}.npz", feed)
-    passes = sorted({report.name for report in report.passes})
+        write_data_set(feed, breach.before, folder / "feeds" / f"test_data_set_{index}")
+    obstacles: list[str] = []
     facts = {
         "found": breach.reasons,
         "pipeline": breach.pass_,
+        "check": report.check.mode,
+        "strict": strict,
         "seed": report.seed,
         "bounds": dict(bounds),
-        "metric": _copy_metric(metric, folder),
-        "modules": _copy_modules(passes, folder),
+        "metric": _keep_metric(metric, folder, obstacles),
+        "modules": _keep_modules([entry.name for entry in report.passes], folder),
         "versions": versions(),
     }
+    try:
+        Pipeline.parse(breach.pass_)
+    except PenjingError as error:
+        obstacles.append(f"no text says its passes: {error}")
+    facts["obstacles"] = obstacles
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "reproduce.py").write_text(SCRIPT, encoding="utf-8")
 
 
 def replay(folder: Path) -> int:
-    """Run a reproducer folder: 1 where the breach shows again (the reason is printed), 0 where it does not."""
+    """Run a reproducer folder: 1 where the breach shows again, 0 where it does not, 2 where it cannot be run.
+
+    What was found is printed.
+    """
     from .run import BoundExceeded, run
 
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    for module in facts["modules"]:
-        _import(folder / module)
-    feeds = folder / "feeds" if any((folder / "feeds").iterdir()) else None
-    metric = facts["metric"]
-    if metric and metric.startswith("metric.py:"):
-        metric = str(folder / metric)
     try:
-        run(
-            load(folder / "model.onnx"),
-            facts["pipeline"],
-            data=feeds,
-            metric=metric,
-            seed=facts["seed"],
-            check="each",
-            **facts["bounds"],
-        )
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if facts["obstacles"]:
+            raise UsageError(f"It was not written down whole: {'; '.join(facts['obstacles'])}")
+        for module in facts["modules"]:
+            _import(folder, **module)
+        feeds = folder / "feeds" if any((folder / "feeds").iterdir()) else None
+        metric = facts["metric"] and _metric(folder, **facts["metric"])
+        model, bounds = load(folder / "model.onnx"), facts["bounds"]
+        options = {name: facts[name] for name in ("check", "strict", "seed")}
+        run(model, facts["pipeline"], feeds, metric=metric, **options, **bounds)
     except BoundExceeded as error:
         print(error)
         return 1
+    except PenjingError as error:
+        print(f"This reproducer cannot be run here. {error}")
+        return 2
     print("The breach does not show again with these versions: " + json.dumps(versions()))
     return 0
 
 
-def _write_feed(path: Path, feed: Mapping[str, Any]) -> None:
-    """An ``.npz`` of one run; unlike ``np.savez`` for inputs of any name, ``file`` too."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, value in feed.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asarray(value), allow_pickle=False)
-
-
-def _copy_modules(names: Iterable[str], folder: Path) -> list[str]:
-    """Copies of the source files of passes that are not penjing's own, so that the folder needs nothing else."""
-    copied: dict[str, str] = {}
+def _keep_modules(names: Iterable[str], folder: Path) -> list[dict[str, str]]:
+    """Copies of the modules of passes that are not penjing's own, each with its name and where it is imported from."""
+    kept: dict[str, dict[str, str]] = {}
     for name in names:
         try:
-            source = inspect.getsourcefile(find(name))
-        except (PenjingError, TypeError, OSError):
+            module = find(name).__module__
+            source = inspect.getsourcefile(sys.modules[module])
+        except (PenjingError, KeyError, TypeError):
             continue
-        if source and not find(name).__module__.startswith(f"{__package__.partition('.')[0]}."):
-            copied.setdefault(source, f"pass_{Path(source).stem}.py")
-    for source, target in copied.items():
-        shutil.copyfile(source, folder / target)
-    return list(copied.values())
+        # Running a script again would do all that it does; its passes are missed by name when the folder is run.
+        if source is None or module == "__main__" or module.startswith(f"{__package__.partition('.')[0]}."):
+            continue
+        root = str(Path(source).resolve().parents[module.count(".")])
+        kept[module] = {"name": module, "root": root, "file": f"pass_{module.replace('.', '_')}.py"}
+        shutil.copyfile(source, folder / kept[module]["file"])
+    return list(kept.values())
 
 
-def _copy_metric(metric: Callable[[Any], float] | str | None, folder: Path) -> str | None:
-    """The metric as ``metric.py:FUNCTION`` in the folder; a module's metric stays named by its module."""
-    if isinstance(metric, str):
-        path, _, function = metric.rpartition(":")
-        if not path.endswith(".py"):
-            return metric
-    elif metric is None or not (path := inspect.getsourcefile(metric) or ""):
+def _keep_metric(
+    metric: Callable[[Any], float] | str | None, folder: Path, obstacles: list[str]
+) -> dict[str, str] | None:
+    """Where the metric is, and a copy of its file for when that is gone."""
+    if metric is None:
         return None
-    else:
-        function = metric.__name__
+    if callable(metric):
+        name, module = getattr(metric, "__qualname__", ""), getattr(metric, "__module__", "__main__")
+        source = inspect.getsourcefile(sys.modules[module]) if module in sys.modules else None
+        if module == "__main__" or not name.isidentifier() or source is None:
+            obstacles.append("the metric is no function of a module, but part of a running program")
+            return None
+        metric = f"{os.path.abspath(source)}:{name}"
+    path, _, function = metric.rpartition(":")
+    if not os.path.isfile(path):
+        return {"spec": metric, "root": os.getcwd(), "copy": ""}
     shutil.copyfile(path, folder / "metric.py")
-    return f"metric.py:{function}"
+    return {"spec": f"{os.path.abspath(path)}:{function}", "root": os.getcwd(), "copy": f"metric.py:{function}"}
 
 
-def _import(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+def _metric(folder: Path, spec: str, root: str, copy: str) -> Callable[[Any], float]:
+    """The metric from where it was, since it may read what lies beside it; else its copy."""
+    sys.path.append(root)
+    try:
+        return load_function(spec, "the metric")
+    except PenjingError:
+        if not copy:
+            raise
+    return load_function(str(folder / copy), "the metric")
+
+
+def _import(folder: Path, name: str, root: str, file: str) -> None:
+    """The copy of a module, which needs nothing else; else, where it imports its neighbours, the module itself."""
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, folder / file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[Path(file).stem] = module
+        spec.loader.exec_module(module)
+    except Exception as first:
+        sys.path.append(root)
+        try:
+            importlib.import_module(name)
+        except Exception as second:
+            raise UsageError(f"{file} does not import ({first}), nor does the module {name} ({second}).") from second

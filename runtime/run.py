@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import onnx_ir as ir
 
@@ -15,14 +16,14 @@ from ..ir.edit import become
 from ..ir.errors import InvalidModel, PenjingError, UsageError
 from ..ir.files import load
 from ..ir.summary import figures
-from ..passes.base import Array, Context, Feeds
+from ..passes.base import Context, Feeds
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
 from .check import Breach, Checker, bisect, changes_interface, compare_models
 from .compare import Comparison
 from .draws import NoFeeds, random_feeds
 from .feeds import Feeds as FeedSet
-from .feeds import read_feeds, read_labels
+from .feeds import Labels, read_feeds, read_labels
 from .functions import load_function
 from .progress import Progress
 from .report import CheckReport, MetricReport, Mode, PassReport, Report
@@ -56,8 +57,10 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not (value >= 0 or name == "min_sqnr"):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a number of at least 0.")
+            number = value is None or (isinstance(value, int | float) and not math.isnan(value))
+            if not number or (name != "min_sqnr" and value is not None and value < 0):
+                least = "" if name == "min_sqnr" else " of at least 0"
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be a number{least}.")
 
     @property
     def on_outputs(self) -> bool:
@@ -82,7 +85,7 @@ def run(
     passes: Steps,
     data: Any = None,
     check_data: Any = None,
-    labels: Array | Path_ | None = None,
+    labels: Labels | None = None,
     models: Mapping[str, ir.Model | Path_] | None = None,
     metric: Callable[[Any], float] | str | None = None,
     max_drop: float | None = None,
@@ -103,8 +106,9 @@ def run(
     as it was, what fails alone is written into the folder ``reproducer`` if one is given, and ``BoundExceeded`` is
     raised. Raises ``PenjingError`` of other kinds for bad input.
     """
-    pipeline = Pipeline.of(passes)
     bounds = Bounds(max_drop, max_error, min_sqnr)
+    _require_usable(model, check, seed)
+    pipeline = Pipeline.of(passes)
     if max_drop is not None and metric is None:
         raise UsageError("--max-drop bounds the loss of a metric; give one with --metric FILE.py:FUNCTION.")
     require_runnable(model, model.meta.get("penjing.path", "The model"))
@@ -119,7 +123,7 @@ def run(
         models={name: _model(partner) for name, partner in models.items()} if models else None,
         data=given,
         check_data=checked,
-        labels=read_labels(labels) if labels is not None else getattr(given, "labels", None),
+        labels=read_labels(labels) if given is None and labels is not None else getattr(given, "labels", None),
         metric=score,
         runner=runner,
     )
@@ -131,9 +135,9 @@ def run(
     except Breach as breach:
         report.failure = str(breach)
         if reproducer is not None:
-            write_reproducer(reproducer, breach, report, vars(bounds), metric)
+            write_reproducer(reproducer, breach, report, vars(bounds), metric, strict)
             report.reproducer = os.fspath(reproducer)
-        raise BoundExceeded(report) from breach
+        raise BoundExceeded(report) from (breach.__cause__ or breach)
     become(model, work)
     return report
 
@@ -150,6 +154,7 @@ class _Proof:
     report: Report
     progress: Progress
     feeds: Feeds | None = None
+    checker: Checker = field(init=False)
 
     def run(self, checked: FeedSet | None, instruments: Sequence[Instrument]) -> ir.Model:
         """The passes over a copy of the model, checked on the way; raises ``Breach``."""
@@ -160,7 +165,8 @@ class _Proof:
             self.report.metric = MetricReport(self.runner.metric_name, score, score, self.bounds.max_drop)
         work = self.model.clone()
         check = self.report.check
-        checker = Checker(self.runner, self.feeds or (), self.ctx, check.mode if self.feeds is not None else "off")
+        mode = check.mode if self.feeds is not None else "off"
+        self.checker = checker = Checker(self.runner, self.feeds or (), self.ctx, mode)
         recorder = _Recorder()
         try:
             self.pipeline.run(work, self.ctx, [self.progress, recorder, *instruments, checker])
@@ -171,7 +177,7 @@ class _Proof:
                 raise
             passes = [step.pass_ for step in recorder.steps]
             breach = bisect(passes, self.model, [], self.runner, self.ctx)
-            raise breach or Breach(str(passes[-1]), [str(error)], self.model, []) from error
+            raise (breach or self._breach(str(error))) from error
         finally:
             self.report.passes = [PassReport.of(step) for step in recorder.steps]
             check.segments = [segment.as_json() for segment in checker.segments]
@@ -179,28 +185,50 @@ class _Proof:
 
     def judge(self, work: ir.Model, strict: bool) -> None:
         """Measure the result against the original, and hold it to the bounds; raises ``Breach``."""
-        report, bounds = self.report, self.bounds
+        report = self.report
         report.output = figures(work)
-        if self.feeds is not None and not any(changes_interface(pass_) for pass_, _ in self.pipeline.steps()):
+        if self.feeds is not None:
             self.progress.say("comparing with the original")
-            found = compare_models(self.model, work, self.feeds, self.runner)
+            found = self._compare(work, self.feeds)
             if isinstance(found, str):
                 passes = [pass_ for pass_, _ in self.pipeline.steps()]
                 raise bisect(passes, self.model, self.feeds, self.runner, self.ctx) or self._breach(found)
             report.check.comparison = found
         if report.metric is not None:
             self.progress.say("the metric after")
-            report.metric.after = self.runner.score(work)
-        if exceeded := bounds.exceeded(report.check.comparison, report.metric):
+            try:
+                report.metric.after = self.runner.score(work)
+            except PenjingError as error:
+                raise self._breach(f"The metric fails on the result, and did not on the original: {error}") from error
+        if exceeded := self.bounds.exceeded(report.check.comparison, None):
+            raise self._breach(exceeded, self._worst(work))
+        if exceeded := self.bounds.exceeded(None, report.metric):
             raise self._breach(exceeded)
         report.warnings += unchanged(report.passes)
         if strict and report.warnings:
             raise self._breach(f"Under --strict a warning is an error: {report.warnings[0]}")
 
-    def _breach(self, reason: str) -> Breach:
-        breach = Breach(str(self.pipeline), [reason], self.model, self.feeds or ())
-        breach.args = (reason,)
-        return breach
+    def _compare(self, work: ir.Model, feeds: Feeds) -> Comparison | str:
+        """The result beside the original, or beside the reference of a pass that changed the interface.
+
+        That reference is taken from the original model where there is one such pass, whatever other passes lost before
+        it; of several, the last speaks for what it found.
+        """
+        changers = [pass_ for pass_, _ in self.pipeline.steps() if changes_interface(pass_)]
+        before = (self.checker.last_change if len(changers) > 1 else None) or self.model
+        expected = changers[-1].reference(before, self.ctx) if changers else None
+        return compare_models(expected(feeds) if expected else self.runner.run(before, feeds), work, feeds, self.runner)
+
+    def _worst(self, work: ir.Model) -> Feeds:
+        """One run that breaks the bounds alone; all of them where none does."""
+        for feed in self.feeds or ():
+            found = self._compare(work, [feed])
+            if isinstance(found, str) or self.bounds.exceeded(found, None):
+                return [feed]
+        return self.feeds or ()
+
+    def _breach(self, reason: str, feeds: Feeds | None = None) -> Breach:
+        return Breach(str(self.pipeline), [reason], self.model, feeds or self.feeds or (), reason)
 
     def _choose_feeds(self, checked: FeedSet | None) -> Feeds | None:
         """What the check runs on: what was given, else random feeds; ``None`` where there is no check."""
@@ -217,7 +245,7 @@ class _Proof:
             return None
         check.feeds, check.random = feeds.describe(), feeds.random
         self.report.warnings += feeds.notes
-        return feeds
+        return self.progress.watched(feeds, "checking")
 
 
 class _Recorder(Instrument):
@@ -240,6 +268,16 @@ def unchanged(passes: Sequence[PassReport]) -> list[str]:
         name = group if isinstance(group, str) else reports[0].text
         warnings.append(f"{name} changed nothing ({why or 'it found nothing to do'}).")
     return warnings
+
+
+def _require_usable(model: Any, check: Any, seed: Any) -> None:
+    """Raise ``UsageError`` for arguments that a type checker would have refused."""
+    if not isinstance(model, ir.Model):
+        raise UsageError(f"The model is {model!r}; it must be a model, as penjing.load gives it.")
+    if check not in get_args(Mode):
+        raise UsageError(f"check is {check!r}; it must be one of {', '.join(get_args(Mode))}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"The seed is {seed!r}; it must be a whole number of at least 0.")
 
 
 def _name(metric: Any) -> str | None:

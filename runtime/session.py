@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from ..ir import files
 from ..ir.address import printable
-from ..ir.errors import BadFile, PenjingError, UsageError, nearest
+from ..ir.errors import BadFile, PenjingError, UsageError, nearest, one_line
 from ..ir.tensors import standing_in, tensors
 from ..passes.base import Array, Feeds, Outputs
 
@@ -236,7 +236,7 @@ class OrtRunner:
         try:
             found = self.metric(session)
         except Exception as error:
-            raise UsageError(f"The metric {self.metric_name} raised {type(error).__name__}: {error}") from error
+            raise UsageError(f"The metric {self.metric_name} raised {one_line(error)}") from error
         try:
             number = float(found)
         except (TypeError, ValueError):

@@ -69,7 +69,8 @@ def show_timings(timings: list[Timing], about: str, console: Console) -> None:
             _mebibytes(timing.peak_bytes),
         )
     console.print(table)
-    console.print(f"on {escape(about)}")
+    clock = "CPU time" if timings[0].threads == 1 else "wall time"
+    console.print(f"on {escape(about)}; ratio: median over rounds of {clock} to the first model's")
 
 
 def show_summary(summary: Summary, console: Console) -> None:
@@ -119,7 +120,8 @@ def _counted(counts: dict[str, int]) -> str:
 def _before_and_after(report: Report) -> Table:
     table = _table("", "before", "after")
     before, after = report.input, report.output or report.input
-    table.add_row("bytes", f"{before.bytes:,}", f"{after.bytes:,}")
+    grown = " [yellow](larger)[/]" if after.bytes > before.bytes else ""
+    table.add_row("bytes", f"{before.bytes:,}", f"{after.bytes:,}{grown}")
     table.add_row("nodes", f"{before.nodes:,}", f"{after.nodes:,}")
     table.add_row("weights", f"{before.weights:,}", f"{after.weights:,}")
     table.add_row("sparsity", f"{before.sparsity:.2%}", f"{after.sparsity:.2%}")

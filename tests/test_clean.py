@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 import penjing.models
+from penjing.ir.errors import UsageError
 from penjing.ir.files import load
 from penjing.ir.text import text
 from penjing.ir.verify import problems
@@ -254,6 +255,25 @@ def test_what_cannot_or_must_not_be_computed_is_left(parse: Parse) -> None:
     assert [reason.split(":")[1].strip() for reason in reasons(step.ledger)] == ["over 16 MiB", "computing it failed"]
 
 
+@pytest.mark.parametrize("given", [{}, {"runner": RUNNER}], ids=["reference", "runtime"])
+def test_what_is_no_plain_tensor_is_not_folded(parse: Parse, given: dict[str, Any]) -> None:
+    model = parse("""
+        m (float[2] x) => (float[2] y, float[2] z, int64[1] n)
+        <float[2] w = {1, 2}, int64 first = {0}>
+        { seq = SequenceConstruct (w, w) y = SequenceAt (seq, first)
+          narrow = Cast <to = 16> (w) z = Cast <to = 1> (narrow)
+          words = Constant <value_strings = ["7"]> () n = Cast <to = 7> (words) }
+    """)
+    before = operators(model)
+    ledger = Pipeline.parse("infer-shapes,fold-constants").run(model, Context(**given))[1].ledger
+    assert operators(model) == before
+    assert reasons(ledger) == [
+        "not folded: string is not computed ahead",
+        "not folded: a sequence or optional",
+        "not folded: bfloat16 is not computed ahead",
+    ]
+
+
 def test_bodies_functions_and_captured_constants_fold(parse: Parse) -> None:
     model = parse("""
         <ir_version: 8, opset_import: ["": 17, "own": 1]>
@@ -412,6 +432,25 @@ def test_equal_constants_merge_but_not_scales_inputs_or_outputs(parse: Parse) ->
     ledger = clean(model, "merge-duplicates")
     assert list(model.graph.initializers) == ["a", "other", "given", "out", "s", "t", "u", "minus", "plus"]
     assert [change.subject for change in ledger.changes] == ["b", "c", "v"]
+    assert {skip.subject: skip.reason for skip in ledger.skips} == {
+        "out": "has an equal twin, but is an output",
+        "s": "has an equal twin, but is a scale or zero point, which ONNX Runtime fuses only where each has its own",
+        "t": "has an equal twin, but is a scale or zero point, which ONNX Runtime fuses only where each has its own",
+    }
+
+
+def test_equal_strings_stay_and_the_ledger_tells(parse: Parse) -> None:
+    model = parse("""
+        m (string[2] x) => (string[2] y)
+        <string[2] a = {"one", "two"}, string[2] b = {"one", "two"}, string[2] c = {"one", "three"}>
+        { k = Equal (x, a) l = Equal (x, b) n = Equal (x, c) o = Or (k, l) p = Or (o, n) y = Where (p, x, a) }
+    """)
+    model.opset_imports[""] = 19  # the first whose Equal takes strings
+    ledger = clean(model, "merge-duplicates")
+    assert [(skip.subject, skip.reason) for skip in ledger.skips] == [
+        ("a", "has an equal twin, but holds strings"),
+        ("b", "has an equal twin, but holds strings"),
+    ]
 
 
 def test_bodies_merge_among_themselves_and_large_ones_with_the_main_graph(parse: Parse) -> None:
@@ -537,7 +576,10 @@ def test_metadata_goes_except_what_is_kept_and_the_models_own(parse: Parse) -> N
     node.metadata_props.update({"pkg.trace": "line 1", "author": "me"})
     node.doc_string, model.graph.doc_string = "activation", "graph"
     node.outputs[0].metadata_props["pkg.trace"] = "x"
-    ledger = clean(model, "strip-metadata{keep=(auth*, other)}")
+    with pytest.raises(UsageError, match=r"keep=autor matches no metadata key .* Did you mean 'author'\?"):
+        clean(model, "strip-metadata{keep=(pkg*, autor)}")
+    ledger = clean(model, "strip-metadata{keep=auth*}")
+    assert reasons(ledger) == ["metadata kept by request: auth*"]
     assert dict(node.metadata_props) == {"author": "me"}
     assert (node.doc_string, node.outputs[0].metadata_props, model.graph.doc_string) == (None, {}, None)
     assert (dict(model.metadata_props), model.doc_string) == ({"labels": "a,b"}, "mine")

@@ -205,7 +205,7 @@ def test_functions_yield_runs(add: ir.Model, tmp_path: Path) -> None:
     assert "run 1 of" in refusal(f"{path}:late", add)
     assert "seed its random numbers" in refusal(f"{path}:unsteady", add)
     assert refusal(f"{path}:empty", add).endswith("yields no samples.")
-    assert refusal(f"{path}:raising", add).endswith("raised KeyError after 1 runs: 'gone'")
+    assert refusal(f"{path}:raising", add).endswith("raised KeyError: 'gone' (after 1 runs)")
     assert "it must yield dicts" in refusal(f"{path}:arrays", add)
 
 

@@ -48,13 +48,13 @@ class FoldConstants(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Folds, lets shapes follow, and folds again until nothing more does."""
         rewrite(model, [cast_like_a_known_type], ctx)
-        changed, skipped = True, dict[str, str]()
+        changed, skipped = True, dict[ir.Node, tuple[str, str]]()
         while changed:
             skipped.clear()
             changed = sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
             if changed:
                 infer_shapes(model)
-        for address, reason in skipped.items():
+        for address, reason in skipped.values():
             ctx.skip(address, reason)
 
 
@@ -78,13 +78,14 @@ class _Part:
 class _Folder:
     """The folding of one graph."""
 
-    def __init__(self, model: ir.Model, scope: Scope, ctx: Context, skipped: dict[str, str]) -> None:
+    def __init__(self, model: ir.Model, scope: Scope, ctx: Context, skipped: dict[ir.Node, tuple[str, str]]) -> None:
         self.model = model
         self.scope = scope
         self.ctx = ctx
         self.skipped = skipped
         self.dimensions = Dimensions(model, scope)
         self.sizes: dict[ir.Value, int] = {}  # bytes of what shapes and region inference tell
+        self.unsized: dict[ir.Value, str] = {}  # why a value has no such size
 
     def run(self) -> bool:
         """Whether anything was folded."""
@@ -98,6 +99,9 @@ class _Folder:
             self.replace(part, arrays)
             changed = True
         return changed
+
+    def skip(self, node: ir.Node, reason: str) -> None:
+        self.skipped.setdefault(node, (self.scope.address(node), f"not folded: {reason}"))
 
     def candidates(self) -> dict[ir.Node, None]:
         """The nodes whose outputs never change, in graph order."""
@@ -115,31 +119,40 @@ class _Folder:
         inputs = [value for value in node.inputs if value is not None]
         if not inputs or node.domain or node.op_type in _NEVER:
             return False
-        if not all(value in constant or is_constant(value) for value in inputs):
-            return False
+        for value in inputs:
+            if value not in constant and not is_constant(value):
+                return False
         about = operator(node)
         if not about.known or about.control or about.random or node.op_identifier() in self.model.functions:
             return False
-        if node.op_type == "Dropout":
+        if node.op_type == "Dropout" or any(attribute.is_ref() for attribute in node.attributes.values()):
             return False
-        return not any(attribute.is_ref() for attribute in node.attributes.values())
+        if any(map(_is_text, inputs)):
+            self.skip(node, "string is not computed ahead")
+            return False
+        return True
 
     def measure(self, nodes: Iterable[ir.Node]) -> None:
         """Bytes of every output, from the shapes on the values, or else from inference on these nodes alone."""
         outputs = [value for node in nodes for value in node.outputs]
         for value in outputs:
-            self.note(value, value.dtype, static_dims(value))
+            self.note(value, value.type, static_dims(value))
         if any(value not in self.sizes for value in outputs):
             region, originals = self.region(list(nodes), outputs)
             for copy, found in inferred(region).items():
-                if copy in originals and isinstance(found.type, ir.TensorType):
-                    self.note(originals[copy], found.type.dtype, found.dims)
+                if copy in originals:
+                    self.note(originals[copy], found.type, found.dims)
 
-    def note(self, value: ir.Value, dtype: ir.DataType | None, sizes: Dims | None) -> None:
-        if dtype in _PLAIN and dtype is not None and sizes is not None:
+    def note(self, value: ir.Value, type_: ir.TypeProtocol | None, sizes: Dims | None) -> None:
+        if not isinstance(type_, ir.TensorType):
+            if type_ is not None:
+                self.unsized[value] = "a sequence or optional"
+        elif type_.dtype not in _PLAIN:
+            self.unsized[value] = f"{type_.dtype.name.lower()} is not computed ahead"
+        elif sizes is not None:
             numbers = [size for size in sizes if isinstance(size, int)]
             if len(numbers) == len(sizes):
-                self.sizes[value] = math.prod(numbers) * dtype.bitwidth // 8
+                self.sizes[value] = math.prod(numbers) * type_.dtype.bitwidth // 8
 
     def shrunk(self, nodes: dict[ir.Node, None]) -> Iterator[_Part]:
         """The largest parts of one connected component that may fold: what makes it too large is peeled off."""
@@ -151,7 +164,7 @@ class _Folder:
             if peeled is None:
                 yield _Part(list(nodes), results)
                 continue
-            self.skipped.setdefault(self.scope.address(peeled), why)
+            self.skip(peeled, why)
             left = _without(nodes, peeled)
             waiting += list(_components(left))
 
@@ -161,14 +174,14 @@ class _Folder:
             inputs = node.inputs if self.dimensions.known(node) is None else ()  # only their shape is read
             for value in chain(node.outputs, inputs):
                 size = 0 if value is None or value.name == "" else self.bytes(value, nodes)
-                if size is None:
-                    return node, "not folded: its size is not known before it is computed"
-                if size > _LIMIT:
-                    return node, "not folded: over 16 MiB"
+                if value is not None and size is None:
+                    return node, self.unsized.get(value, "its size is not known before it is computed")
+                if size is not None and size > _LIMIT:
+                    return node, "over 16 MiB"
         growth = sum(self.sizes[value] for value in results) - self.dying(nodes)
         if growth > _GROWTH:
             largest = max(results, key=lambda value: self.sizes[value])
-            return largest.producer(), "not folded: the result is larger than the constants that it is made of"
+            return largest.producer(), "the result is larger than the constants that it is made of"
         return None, ""
 
     def bytes(self, value: ir.Value, nodes: dict[ir.Node, None]) -> int | None:
@@ -197,7 +210,7 @@ class _Folder:
         except Exception as error:
             if len(parts) == 1:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                self.skipped[self.scope.address(parts[0].nodes[0])] = f"not folded: computing it failed: {reason}"
+                self.skip(parts[0].nodes[0], f"computing it failed: {reason}")
                 return
         for part in parts:
             yield from self.evaluated([part])
@@ -338,6 +351,12 @@ def _without(nodes: dict[ir.Node, None], peeled: ir.Node) -> dict[ir.Node, None]
         if any(value is not None and value.producer() in gone for value in node.inputs):
             gone.add(node)
     return {node: None for node in nodes if node not in gone}
+
+
+def _is_text(value: ir.Value) -> bool:
+    """Whether ``value`` is a constant of strings."""
+    tensor = constant_tensor(value)
+    return is_constant(value) if tensor is None else tensor.dtype == ir.DataType.STRING
 
 
 def _is_read_outside(value: ir.Value, nodes: dict[ir.Node, None]) -> bool:

@@ -27,7 +27,8 @@ class MergeDuplicates(Pass):
     """Keep one of several constants with equal type, shape and bytes.
 
     A body gives up its own constant for an initializer of the main graph where that saves over 1 KiB. Scales and zero
-    points stay apart, for ONNX Runtime fuses quantized operators only where each has its own; so do inputs and outputs.
+    points stay apart, for ONNX Runtime fuses quantized operators only where each has its own; so do inputs and outputs,
+    and strings.
     """
 
     def run(self, model: ir.Model, ctx: Context) -> None:
@@ -40,11 +41,17 @@ class MergeDuplicates(Pass):
             kinds = {_kind(constant) for constant in own if constant[1].nbytes > _SMALL} if outer else set()
             seen = [constant for constant in outer if _kind(constant) in kinds]
             for twins in _groups([*seen, *own], content):
-                first = twins[0][0]
-                for value, tensor in twins[1:]:
+                free = []
+                for value, tensor in twins:
+                    reason = _why_apart(value, tensor)
+                    if reason is None:
+                        free.append((value, tensor))
+                    elif value.graph is scope.graph:
+                        ctx.skip(scope.address(value), f"has an equal twin, but {reason}")
+                for value, tensor in free[1:]:
                     if value.graph is scope.graph:
                         address = scope.address(value)
-                        value.replace_all_uses_with(first)
+                        value.replace_all_uses_with(free[0][0])
                         discard([value])
                         ctx.change(address, "merged with an equal constant", bytes=tensor.nbytes)
             if scope.graph is model.graph:
@@ -60,12 +67,14 @@ class _Content:
     def head(self, tensor: ir.TensorProtocol) -> Hashable:
         if isinstance(tensor, MadeTensor):
             return tensor  # not made only to be compared
+        if tensor.dtype == ir.DataType.STRING:
+            return tuple(bytes(word) for word in tensor.numpy().flat)
         if tensor.nbytes <= _SMALL:
             return tensor.tobytes()
         return next(blocks(tensor))[:_SMALL].tobytes()
 
     def digest(self, tensor: ir.TensorProtocol) -> Hashable:
-        if isinstance(tensor, MadeTensor) or tensor.nbytes <= _SMALL:
+        if isinstance(tensor, MadeTensor) or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= _SMALL:
             return None
         place: Any = tensor
         if isinstance(tensor, ir.ExternalTensor):
@@ -98,15 +107,19 @@ def _kind(constant: Constant) -> Hashable:
 
 
 def _constants(scope: Scope) -> Iterator[Constant]:
-    """Those that may be merged: initializers first, for they are visible everywhere in the graph."""
+    """Those that something uses: initializers first, for they are visible everywhere in the graph."""
     nodes = (node.outputs[0] for node in scope.graph if node.op_type == "Constant")
     for value in (*scope.graph.initializers.values(), *nodes):
-        if not is_constant(value) or value.is_graph_output() or is_idle(value) or _is_kept_apart(value):
-            continue
-        tensor = constant_tensor(value)
-        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+        if is_constant(value) and not is_idle(value) and (tensor := constant_tensor(value)) is not None:
             yield value, tensor
 
 
-def _is_kept_apart(value: ir.Value) -> bool:
-    return any(operator(node).port(index).kind in _KEPT_APART for node, index in value.uses())
+def _why_apart(value: ir.Value, tensor: ir.TensorProtocol) -> str | None:
+    """Why a constant is not merged with its twins; ``None`` where it may be."""
+    if value.is_graph_output():
+        return "is an output"
+    if tensor.dtype == ir.DataType.STRING:
+        return "holds strings"
+    if any(operator(node).port(index).kind in _KEPT_APART for node, index in value.uses()):
+        return "is a scale or zero point, which ONNX Runtime fuses only where each has its own"
+    return None
