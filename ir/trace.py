@@ -319,7 +319,7 @@ def _quantization(
         return None
     parts = []
     for given, dtype in ((scale, np.dtype(np.float64)), (zero_point, np.dtype(view.dtype.numpy()))):
-        array = _aligned(given.astype(dtype), len(view.shape), axis)
+        array = _aligned(given.astype(dtype), view.shape, axis)
         array = None if array is None else placed(array, view.axes, view.rank)
         if array is None:
             return None
@@ -329,8 +329,9 @@ def _quantization(
     return Quantization(parts[0], parts[1], stored_axis, block)
 
 
-def _aligned(given: Array, rank: int, axis: int | None) -> Array | None:
-    """A scalar, a vector along ``axis``, [directions, channels] or an array of full rank, as an array of full rank."""
+def _aligned(given: Array, shape: Sequence[int], axis: int | None) -> Array | None:
+    """A scalar, a vector along ``axis``, [directions], [directions, channels] or full rank, at full rank."""
+    rank = len(shape)
     if given.size == 1:
         return given.reshape((1,) * rank)
     if given.ndim == rank:
@@ -339,6 +340,8 @@ def _aligned(given: Array, rank: int, axis: int | None) -> Array | None:
         return None
     if given.ndim == 2:  # recurrent operators: directions are axis 0
         return given.reshape([given.shape[0] if a == 0 else given.shape[1] if a == axis else 1 for a in range(rank)])
+    if given.size != shape[axis]:  # DynamicQuantizeLSTM per tensor: one for each direction
+        return given.reshape([-1, *[1] * (rank - 1)]) if given.size == shape[0] else None
     return given.reshape([-1 if place == axis else 1 for place in range(rank)])
 
 

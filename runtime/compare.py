@@ -23,7 +23,8 @@ class OutputDifference:
 
     Figures of floats hold over the entries that are finite in both, and are ``None`` for other types: ``max_abs`` is
     max|d|, ``max_reference`` max|y|, ``max_error`` their ratio, ``sqnr_db`` 10·log10(Σy²/Σd²), ``cosine`` the
-    similarity, ``noise`` max|y_off - y_all| of the unchanged model. ``top1`` is the share of rows (along the last axis,
+    similarity, ``noise`` max|y_off - y_all| of the unchanged model, ``tolerance`` the share of max|y| that one pass may
+    take. ``top1`` is the share of rows (along the last axis,
     for rank ≥ 2) whose largest entry is at the same place. ``different`` counts entries that are not bit-identical,
     ``nonfinite`` those where NaN or an infinity is not matched, ``flips`` those where the unchanged model differs from
     itself with optimizations off, and ``excused`` the different ones among them (types other than float).
@@ -44,6 +45,7 @@ class OutputDifference:
     cosine: float | None = None
     top1: float | None = None
     noise: float | None = None
+    tolerance: float | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -70,11 +72,11 @@ class OutputDifference:
         return found
 
     def _bound(self, passes: int) -> float:
-        return passes * (_tolerance(self.dtype) * (self.max_reference or 0.0) + 4 * (self.noise or 0.0))
+        return passes * ((self.tolerance or 0.0) * (self.max_reference or 0.0) + 4 * (self.noise or 0.0))
 
     def _over_bound(self, passes: int) -> str:
         ratio = "" if not self.max_reference else f" is {self.max_error:.1e}"
-        share = passes * _tolerance(self.dtype)
+        share = passes * (self.tolerance or 0.0)
         noise = f"4 · noise {self.noise or 0.0:.1e}" if passes == 1 else f"{passes} · 4 · noise {self.noise or 0.0:.1e}"
         return (
             f"max|d| {self.max_abs:.3g} of max|y| {self.max_reference:.3g}{ratio}, "
@@ -119,9 +121,14 @@ class Comparison:
 
 
 class Judge:
-    """Takes the outputs of one run after another, keeps only sums, and says whether a pass kept its effect."""
+    """Takes the outputs of one run after another, keeps only sums, and says whether a pass kept its effect.
 
-    def __init__(self) -> None:
+    ``least`` is the least tolerance of any float output: more than that of its own type where the model computes in a
+    narrower one on the way.
+    """
+
+    def __init__(self, least: float = 0.0) -> None:
+        self._least = least
         self._outputs: dict[str, _Sums] = {}
         self._missing: dict[str, None] = {}
         self._extra: dict[str, None] = {}
@@ -136,7 +143,7 @@ class Judge:
         self._extra |= dict.fromkeys(name for name in found if name not in expected)
         for name, value in expected.items():
             if name in found:
-                sums = self._outputs.setdefault(name, _Sums(name))
+                sums = self._outputs.setdefault(name, _Sums(name, self._least))
                 sums.add(value, noisy.get(name, value), found[name])
 
     @property
@@ -188,8 +195,9 @@ def compare_files(a: str, b: str, data: Any = None, seed: int = 0) -> tuple[Comp
 class _Sums:
     """What is kept of one output from run to run."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, least: float) -> None:
         self.found = OutputDifference(name, "none")
+        self.least = least
         self.signal = self.error = self.dot = self.other = 0.0
         self.rows = self.agreeing = 0
 
@@ -214,6 +222,7 @@ class _Sums:
         found = self.found
         if found.max_abs is None or found.max_reference is None:
             return found
+        found.tolerance = max(self.least, tolerance(found.dtype))
         found.max_error = 0.0 if found.max_abs == 0 else _ratio(found.max_abs, found.max_reference)
         power = _ratio(self.signal, self.error)
         found.sqnr_db = math.inf if self.error == 0 else -math.inf if power == 0 else 10 * math.log10(power)
@@ -294,7 +303,8 @@ def _word(array: Array) -> str:
     return "string" if array.dtype.kind in "OUS" else array.dtype.name
 
 
-def _tolerance(dtype: str) -> float:
+def tolerance(dtype: str) -> float:
+    """What one ROUNDING pass may move an output of this float type by, as a share of max|y|."""
     if dtype in ("float32", "float64", "complex64", "complex128"):
         return ROUNDING
     kind: Any = ml_dtypes.finfo

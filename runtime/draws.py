@@ -17,7 +17,7 @@ from .feeds import Feeds, read_feeds
 from .inputs import Feed, Input
 from .session import TRIAL_BYTES, DoesNotRun, bounded_run
 
-SIZES = (16, 32, 64, 96, 224, 320, 16000, 1)  # tried for open dimensions; 1 last, since it shows the least of a model
+SIZES = (64, 32, 16, 96, 224, 320, 16000, 1)  # tried for open dimensions; 1 last, since it shows the least of a model
 RATES = (1, 8000, 16000)  # tried for integer scalars and vectors: a count, or a sampling rate in Hz
 RANDOM_BYTES = TRIAL_BYTES // 4  # a random feed may take: what is computed from it must fit as well
 

@@ -19,7 +19,7 @@ from ..ir.summary import figures
 from ..passes.base import Context, Feeds
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
-from .check import Breach, Checker, bisect, changes_interface, compare_models
+from .check import Breach, Checker, bisect, changes_interface, compare_reference, judge_models, unvisited
 from .compare import Comparison
 from .draws import NoFeeds, random_feeds
 from .feeds import Feeds as FeedSet
@@ -31,6 +31,7 @@ from .reproducer import write_reproducer
 from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
 
 Path_ = str | os.PathLike[str]
+NOISY = 0.01  # noise, as a share of max|y|, above which a check is a weak one
 
 
 class BoundExceeded(PenjingError):
@@ -194,6 +195,7 @@ class _Proof:
                 passes = [pass_ for pass_, _ in self.pipeline.steps()]
                 raise bisect(passes, self.model, self.feeds, self.runner, self.ctx) or self._breach(found)
             report.check.comparison = found
+            report.warnings += noisy(found) + unvisited(self.model, self.feeds, self.runner)
         if report.metric is not None:
             self.progress.say("the metric after")
             try:
@@ -216,8 +218,10 @@ class _Proof:
         """
         changers = [pass_ for pass_, _ in self.pipeline.steps() if changes_interface(pass_)]
         before = (self.checker.last_change if len(changers) > 1 else None) or self.model
-        expected = changers[-1].reference(before, self.ctx) if changers else None
-        return compare_models(expected(feeds) if expected else self.runner.run(before, feeds), work, feeds, self.runner)
+        if changers and (expected := changers[-1].reference(before, self.ctx)):
+            return compare_reference(expected, work, feeds, self.runner)
+        judge = judge_models(before, work, feeds, self.runner)
+        return judge if isinstance(judge, str) else judge.comparison
 
     def _worst(self, work: ir.Model) -> Feeds:
         """One run that breaks the bounds alone; all of them where none does."""
@@ -254,6 +258,17 @@ class _Recorder(Instrument):
 
     def before(self, step: Step, model: ir.Model) -> None:
         self.steps.append(step)
+
+
+def noisy(comparison: Comparison) -> list[str]:
+    """A warning for each float output that the feeds hardly tell anything about."""
+    return [
+        f"The check says little of output {name}: on these feeds the unchanged model itself moves by "
+        f"{output.noise / output.max_reference:.1%} of max|y| between the runtime's optimizations on and off. "
+        "Give --data that it was made for."
+        for name, output in comparison.outputs.items()
+        if output.noise and output.max_reference and output.noise > NOISY * output.max_reference
+    ]
 
 
 def unchanged(passes: Sequence[PassReport]) -> list[str]:

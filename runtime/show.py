@@ -129,6 +129,12 @@ def _before_and_after(report: Report) -> Table:
     if check.comparison is not None:
         about = escape(check.feeds or "") + (" [yellow](random)[/]" if check.random else "")
         table.add_row("error max|Δ|/max|y|", "", f"{_number(check.comparison.max_error)} on {about}")
+        noise = [
+            output.noise / output.max_reference
+            for output in check.comparison.outputs.values()
+            if output.noise is not None and output.max_reference
+        ]
+        table.add_row("the runtime's own noise", f"{_number(max(noise, default=None))}", "")
         table.add_row("SQNR", "", f"{_number(check.comparison.min_sqnr)} dB")
     elif check.not_run:
         table.add_row("check", "", f"not run ({escape(check.not_run)})")

@@ -18,6 +18,7 @@ from ...ir.ops import operator
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import Dims, infer_shapes, inferred, static_dims
 from ...ir.unused import discard
+from ...ir.versions import RUNNABLE
 from ..base import Context, Effect, Pass, register
 from ..rewrite import Tape, rewrite
 
@@ -269,7 +270,7 @@ class _Folder:
         graph = ir.Graph(
             [], wanted, nodes=made, initializers=initializers, opset_imports=dict(self.scope.opset), name="constants"
         )
-        region = ir.Model(graph, ir_version=self.model.ir_version or 8)
+        region = ir.Model(graph, ir_version=min(self.model.ir_version or 8, RUNNABLE))
         return region, {copy: value for value, copy in copies.items()}
 
     def replace(self, part: _Part, arrays: list[Array]) -> None:
