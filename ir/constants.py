@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .edit import Names
 from .scopes import Scope
 
 Array = np.ndarray[Any, Any]
@@ -83,17 +82,6 @@ def constant_node(tensor: ir.TensorProtocol, name: str) -> tuple[ir.Value, ir.No
     """A Constant node with its output, in no graph yet."""
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=_shape(tensor))
     return value, ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[value], name=name)
-
-
-def constant_before(scope: Scope, node: ir.Node, array: Array, stem: str, names: Names) -> ir.Value:
-    """A constant holding ``array``, in the graph of ``scope`` and visible to ``node``."""
-    name = names.fresh(stem)
-    value, made = new_constant(scope, ir.Tensor(array, name=name), name)
-    if made is None:
-        scope.graph.register_initializer(value)
-    else:
-        scope.graph.insert_before(node, made)
-    return value
 
 
 def _shape(tensor: ir.TensorProtocol) -> ir.Shape:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +94,53 @@ def test_a_name_stands_for_one_pass_only() -> None:
         @penjing.register("silent")
         class Silent(penjing.Pass):
             def run(self, model: ir.Model, ctx: penjing.Context) -> None: ...
+
+
+def test_a_third_party_is_found_through_its_entry_points(tmp_path: Path) -> None:
+    """Passes and pipelines of a plug-in run; one that does not import is said, and costs nobody else anything."""
+    package = tmp_path / "plug"
+    (package / "plug-1.0.dist-info").mkdir(parents=True)
+    (package / "plug_passes.py").write_text(PLUGIN, encoding="utf-8")
+    (package / "plug-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n", "utf-8"
+    )
+    points = "[penjing.passes]\nplug = plug_passes\nbroken = no_such_module\n"
+    (package / "plug-1.0.dist-info" / "entry_points.txt").write_text(points, encoding="utf-8")
+    script = (
+        "import penjing, onnx_ir as ir\n"
+        "model = penjing.load({!r})\n"
+        "report = penjing.run(model, 'plug-line')\n"
+        "print(report.passes_text, report.passes[0].ledger.changes[0].what)\n"
+    ).format(str(Path(penjing.__file__).parent / "models" / "mlp.onnx"))
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    run = functools.partial(subprocess.run, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run([sys.executable, "-c", script])
+    assert done.stdout == "plug-line marked\n", done.stderr
+    done = run([sys.executable, "-m", "penjing", "passes"])
+    assert done.returncode == 0
+    assert "plug-pass" in done.stdout
+    assert "plug-line" in done.stdout
+    assert "The plug-in 'broken' (no_such_module) does not import: ModuleNotFoundError" in done.stderr
+
+
+PLUGIN = """
+import penjing
+from penjing.passes.registry import register_pipeline
+
+@penjing.register("plug-pass")
+class PlugPass(penjing.Pass):
+    \"\"\"Marks the model.\"\"\"
+
+    def run(self, model, ctx):
+        model.metadata_props["marked"] = "yes"
+        ctx.change("model", "marked")
+
+register_pipeline("plug-line", "plug-pass")
+"""
+
+
+def test_what_is_registered_is_a_pass_with_a_name_that_text_can_say() -> None:
+    with pytest.raises(UsageError, match="it must be a subclass"):
+        penjing.register("not-a-pass")(dict)  # type: ignore[type-var]
+    with pytest.raises(UsageError, match="No pipeline text can say"):
+        penjing.register("bad name{")(penjing.Pass)

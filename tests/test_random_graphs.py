@@ -1,0 +1,256 @@
+"""Random graphs through random pipelines of exact passes: valid after each pass, and the same in ONNX Runtime.
+
+Every value is a float32 matrix. Graphs have bodies that capture outer values, tied weights, Constant nodes, equal
+constants, unused nodes, and outputs that are inputs or initializers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from penjing.ir.text import text
+from penjing.passes.base import Context, Pass
+from penjing.passes.pipeline import Pipeline
+from penjing.runtime.session import OrtRunner
+
+RUNNER = OrtRunner()
+SHAPES = [(2, 3), (3, 2), (3, 3)]
+PASSES = [str(step) for step, _ in Pipeline.parse("clean,strip-metadata").steps()]
+PIPELINES = st.one_of(
+    st.just("clean"), st.lists(st.sampled_from(PASSES), min_size=1, max_size=4, unique=True).map(",".join)
+)
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+@dataclass
+class Builder:
+    """One graph in the making. ``values`` are those in sight with their shapes, outer ones too."""
+
+    draw: Draw
+    names: list[int]  # shared by a graph and its bodies: how many names are given out
+    values: list[tuple[str, tuple[int, ...]]]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    depth: int = 0
+
+    def name(self, stem: str) -> str:
+        self.names[0] += 1
+        return f"{stem}{self.names[0]}"
+
+    def pick(self, *shapes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """A value in sight of one of some shapes, or a new constant where there is none."""
+        found = [value for value in self.values if not shapes or value[1] in shapes]
+        if found:
+            return self.draw(st.sampled_from(found))
+        return self.weight(shapes[0])
+
+    def constant(self, array: np.ndarray) -> str:
+        """An initializer or a Constant node."""
+        name = self.name("c")
+        if self.draw(st.booleans()):
+            self.initializers.append(numpy_helper.from_array(array, name))
+        else:
+            self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array)))
+        return name
+
+    def weight(self, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """A constant in sight of later nodes, so that weights are tied; one of few, so that there are equal ones."""
+        seed = self.draw(st.integers(0, 2))
+        array = (
+            np.random.default_rng(seed).normal(size=shape).astype(np.float32) if seed else np.ones(shape, np.float32)
+        )
+        found = (self.constant(array), shape)
+        self.values.append(found)
+        return found
+
+    def node(self, op_type: str, inputs: list[str], shape: tuple[int, ...], **attributes: Any) -> str:
+        output = self.name("v")
+        name = self.draw(st.sampled_from(["", "n", output]))  # some share one name, some have none
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
+        self.values.append((output, shape))
+        return output
+
+    def grow(self) -> None:
+        self.draw(st.sampled_from(KINDS if self.depth < 2 else KINDS[1:]))(self)
+
+
+def branches(graph: Builder) -> None:
+    x, shape = graph.pick()
+    total = graph.node("ReduceSum", [x], (1, 1))
+    graph.values.pop()
+    flag = graph.node("Greater", [total, graph.constant(np.zeros((1, 1), np.float32))], (1, 1))
+    graph.values.pop()
+    scalar = graph.node("Squeeze", [flag], ())
+    graph.values.pop()
+    bodies = {}
+    for name in ("then_branch", "else_branch"):
+        body = Builder(graph.draw, graph.names, list(graph.values), depth=graph.depth + 1)
+        for _ in range(graph.draw(st.integers(0, 3))):
+            body.grow()
+        inner, _ = body.pick(shape)
+        output = body.node(graph.draw(st.sampled_from(["Identity", "Neg"])), [inner], shape)
+        info = helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)
+        bodies[name] = helper.make_graph(body.nodes, name, [], [info], body.initializers)
+    graph.node("If", [scalar], shape, **bodies)
+
+
+def unary(graph: Builder) -> None:
+    x, shape = graph.pick()
+    graph.node(graph.draw(st.sampled_from(["Relu", "Neg", "Identity", "Tanh", "Dropout", "Sum", "Max"])), [x], shape)
+
+
+def binary(graph: Builder) -> None:
+    a, shape = graph.pick()
+    b, _ = graph.pick(shape)
+    graph.node(graph.draw(st.sampled_from(["Add", "Mul", "Sub", "Max"])), [a, b], shape)
+
+
+def neutral(graph: Builder) -> None:
+    x, shape = graph.pick()
+    op_type, number = graph.draw(st.sampled_from([("Mul", 1), ("Div", 1), ("Sub", 0), ("Add", 0), ("Add", -0.0)]))
+    spread = graph.draw(st.sampled_from([(), (1,), shape]))
+    graph.node(op_type, [x, graph.constant(np.full(spread, number, np.float32))], shape)
+
+
+def transpose(graph: Builder) -> None:
+    x, shape = graph.pick()
+    perm = graph.draw(st.sampled_from([[0, 1], [1, 0]]))
+    graph.node("Transpose", [x], tuple(shape[axis] for axis in perm), perm=perm)
+
+
+def reshape(graph: Builder) -> None:
+    x, shape = graph.pick()
+    choices = [(shape, shape), ((0, -1), shape), ((-1, shape[0]), shape[::-1]), (shape[::-1], shape[::-1])]
+    target, found = graph.draw(st.sampled_from(choices))
+    graph.node("Reshape", [x, graph.constant(np.array(target, np.int64))], found)
+
+
+def reshape_like(graph: Builder) -> None:
+    x, shape = graph.pick()
+    like, _ = graph.pick(shape, shape[::-1])
+    like_shape = dict(graph.values)[like]
+    target = graph.node("Shape", [like], (2,))
+    graph.values.pop()
+    if graph.draw(st.booleans()):
+        target = graph.node("Identity", [target], (2,))
+        graph.values.pop()
+    graph.node("Reshape", [x, target], like_shape)
+
+
+def cast(graph: Builder) -> None:
+    x, shape = graph.pick()
+    wide = graph.node("Cast", [x], shape, to=graph.draw(st.sampled_from([TensorProto.FLOAT, TensorProto.DOUBLE])))
+    graph.values.pop()
+    graph.node("Cast", [wide], shape, to=TensorProto.FLOAT)
+
+
+def matmul(graph: Builder) -> None:
+    x, shape = graph.pick()
+    w, wide = graph.weight((shape[1], 3)) if graph.draw(st.booleans()) else graph.pick((shape[1], 3))
+    graph.node("MatMul", [x, w], (shape[0], wide[1]))
+
+
+def gemm_and_norm(graph: Builder) -> None:
+    x, shape = graph.pick()
+    w, _ = graph.weight((shape[1], 3))
+    b = graph.constant(np.float32([0.5, -1, 2]))
+    h = graph.node("Gemm", [x, w, b], (shape[0], 3))
+    if graph.draw(st.booleans()):
+        graph.values.pop()  # else something else may use it, and the normalization stays
+    numbers = [graph.constant(np.float32(row)) for row in ([1, 2, 0.5], [0, 1, -1], [0.1, 0, 3], [1, 0.25, 4])]
+    graph.node("BatchNormalization", [h, *numbers], (shape[0], 3))
+
+
+def split(graph: Builder) -> None:
+    x, shape = graph.pick()
+    outputs = [graph.name("v"), graph.name("v")]
+    lengths = graph.constant(np.array([1, shape[0] - 1], np.int64))
+    graph.nodes.append(helper.make_node("Split", [x, lengths], outputs, axis=0))
+    graph.node("Concat", outputs[:: graph.draw(st.sampled_from([1, -1]))], shape, axis=0)
+
+
+def slice_(graph: Builder) -> None:
+    x, shape = graph.pick()
+    start, end, axis = (graph.constant(np.array([number], np.int64)) for number in (0, 1 << 40, 1))
+    graph.node("Slice", [x, start, end, axis], shape)
+
+
+def expand(graph: Builder) -> None:
+    x, shape = graph.pick()
+    op_type, numbers = graph.draw(st.sampled_from([("Expand", shape), ("Tile", (1, 1)), ("Pad", (0, 0, 0, 0))]))
+    graph.node(op_type, [x, graph.constant(np.array(numbers, np.int64))], shape)
+
+
+KINDS = [
+    *(branches, unary, binary, neutral, transpose, reshape, reshape_like),
+    *(cast, matmul, gemm_and_norm, split, slice_, expand),
+]
+
+
+@st.composite
+def models(draw: Draw) -> onnx.ModelProto:
+    inputs = [
+        (f"x{at}", shape) for at, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=2)))
+    ]
+    graph = Builder(draw, [0], list(inputs))
+    for _ in range(draw(st.integers(1, 8))):
+        graph.grow()
+    outputs = draw(st.lists(st.sampled_from(graph.values), min_size=1, max_size=4, unique=True))
+    known = draw(st.booleans())  # whether the file says the sizes of the inputs
+
+    def info(name: str, shape: tuple[int, ...], sizes: bool) -> onnx.ValueInfoProto:
+        dims = shape if sizes else [f"{name}_{axis}" for axis in range(len(shape))]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+
+    proto = helper.make_graph(
+        graph.nodes,
+        "g",
+        [info(*value, known) for value in inputs],
+        [info(*value, True) for value in outputs],
+        graph.initializers,
+    )
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None, database=None)
+@given(models(), PIPELINES, st.booleans())
+def test_exact_passes_keep_their_promises(proto: onnx.ModelProto, steps: str, runner: bool) -> None:
+    note(f"{steps} on\n{onnx.printer.to_text(proto)}")
+    model = ir.from_proto(proto)
+    before = model.clone()
+    pipeline = Pipeline.parse(steps)
+    ctx = Context(runner=RUNNER) if runner else Context()
+    for pass_, _ in pipeline.steps():
+        changes_only_what_it_says(pass_, model, ctx)
+    judge(before, model, pipeline)
+    if steps == "clean":
+        once = text(model)
+        again = pipeline.run(model, ctx)
+        assert [step.ledger.changes for step in again] == [[]] * len(again)
+        assert text(model) == once
+
+
+def changes_only_what_it_says(pass_: Pass, model: ir.Model, ctx: Context) -> None:
+    """Without a change in the ledger the text is as before; a second run finds nothing left to do."""
+    for run in (1, 2):
+        before = text(model)
+        (step,) = Pipeline.of(pass_).run(model, ctx)  # verifies the model after it
+        assert step.changed == (text(model) != before)
+        assert run == 1 or not step.changed
+
+
+def judge(before: ir.Model, after: ir.Model, pipeline: Pipeline) -> None:
+    [pass_.effect() for pass_, _ in pipeline.steps()]
+    rng = np.random.default_rng(0)
+    shapes = {value.name: value for value in before.graph.inputs}
+    [{name: rng.normal(size=SIZES(value)).astype(np.float32) for name, value in shapes.items()}]
