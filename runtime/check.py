@@ -197,11 +197,13 @@ def unvisited(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
     ifs = [(value, node) for node in model.graph if node.op_type == "If" and (value := node.inputs[0]) is not None]
     if not ifs:
         return []
-    made = list(dict.fromkeys(value.name or "" for value, _ in ifs if not value.is_graph_input()))
+    made = list(
+        dict.fromkeys(value.name or "" for value, _ in ifs if value.is_initializer() or not value.is_graph_input())
+    )
     taken: dict[ir.Node, set[bool]] = {node: set() for _, node in ifs}
     for feed, found in zip(feeds, runner.run(model, feeds, outputs=made, level="off"), strict=True):
         for value, node in ifs:
-            taken[node].add(bool((feed if value.is_graph_input() else found)[value.name or ""]))
+            taken[node].add(bool({**found, **feed}[value.name or ""]))
     words = {True: "then", False: "else"}
     never = [f"{node.name}/{words[way]}" for node, ways in taken.items() for way in words if way not in ways]
     if not never:
