@@ -44,7 +44,10 @@ def tell(console: Console, output: str | None = None) -> None:
         report.latency = latency(zoo.path(MODEL), target, test)
         show_report(report, console)
         console.print("\n[bold]4.[/] In a shell, with your own model and data, that is")
-        console.print(f"   [cyan]penjing run model.onnx -p '{PASSES}' -o small.onnx \\", soft_wrap=True)
-        console.print("       --data samples.npz --metric my.py:accuracy --max-drop 0.01[/]", soft_wrap=True)
+        for line in (
+            f"penjing run model.onnx -p '{PASSES}' -o small.onnx \\",
+            "    --data samples.npz --metric my.py:accuracy --max-drop 0.01",
+        ):
+            console.print(f"   {line}", style="cyan", soft_wrap=True)
         if output:
             console.print(f"\nThe result is in {output}.")

@@ -61,3 +61,13 @@ def test_tables_of_passes() -> None:
 def test_the_test_command_is_the_gate() -> None:
     assert "python3 dev.py test" in README
     assert "python3 dev.py test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_demo(folder: Path) -> None:
+    words = [sys.executable, "-m", "penjing", "demo", "-o", "small.onnx"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"zoo:accuracy +0\.994 +0\.98", done.stdout)
+    for fact in ("bytes", "sparsity", "latency ms a run"):
+        assert re.search(rf"^{fact} +\S+ +\S+", done.stdout, re.MULTILINE)
+    assert (folder / "small.onnx").exists()
