@@ -2,7 +2,8 @@
 
 OUT.reproducer/
     reproduce.py              run me: exit code 1 where the breach shows again, 2 where it cannot be run
-    run.json                  pipeline text, check, seed, bounds, versions, what was found
+    passes.txt                the pipeline text
+    run.json                  check, seed, bounds, versions, what was found
     model.onnx                the model that the bad pass was given
     feeds/test_data_set_*/    the runs that show it, as ONNX keeps test data
     pass_*.py, metric.py      sources of passes that are not penjing's own, and of the user's metric
@@ -10,6 +11,7 @@ OUT.reproducer/
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -82,6 +84,7 @@ def write_reproducer(
     except PenjingError as error:
         obstacles.append(f"no text says its passes: {error}")
     facts["obstacles"] = obstacles
+    (folder / "passes.txt").write_text(breach.pass_ + "\n", encoding="utf-8")
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "reproduce.py").write_text(SCRIPT, encoding="utf-8")
 
@@ -123,12 +126,11 @@ def _keep_modules(names: Iterable[str], folder: Path) -> list[dict[str, str]]:
             source = inspect.getsourcefile(sys.modules[module])
         except (PenjingError, KeyError, TypeError):
             continue
-        # Running a script again would do all that it does; its passes are missed by name when the folder is run.
-        if source is None or module == "__main__" or module.startswith(f"{__package__.partition('.')[0]}."):
+        if source is None or module.startswith(f"{__package__.partition('.')[0]}."):
             continue
         root = str(Path(source).resolve().parents[module.count(".")])
-        kept[module] = {"name": module, "root": root, "file": f"pass_{module.replace('.', '_')}.py"}
-        shutil.copyfile(source, folder / kept[module]["file"])
+        kept[module] = {"name": module, "root": root, "file": f"pass_{module.strip('_').replace('.', '_')}.py"}
+        (folder / kept[module]["file"]).write_text(_source(source, module), encoding="utf-8")
     return list(kept.values())
 
 
@@ -140,16 +142,38 @@ def _keep_metric(
         return None
     if callable(metric):
         name, module = getattr(metric, "__qualname__", ""), getattr(metric, "__module__", "__main__")
-        source = inspect.getsourcefile(sys.modules[module]) if module in sys.modules else None
-        if module == "__main__" or not name.isidentifier() or source is None:
-            obstacles.append("the metric is no function of a module, but part of a running program")
+        try:
+            source = inspect.getsourcefile(sys.modules[module])
+        except (KeyError, TypeError):
+            source = None
+        if not name.isidentifier() or source is None:
+            obstacles.append("the metric is no function of a file, but part of a running program")
             return None
+        if module == "__main__":
+            (folder / "metric.py").write_text(_source(source, module), encoding="utf-8")
+            return {"spec": f"metric.py:{name}", "root": os.getcwd(), "copy": f"metric.py:{name}"}
         metric = f"{os.path.abspath(source)}:{name}"
     path, _, function = metric.rpartition(":")
     if not os.path.isfile(path):
         return {"spec": metric, "root": os.getcwd(), "copy": ""}
     shutil.copyfile(path, folder / "metric.py")
     return {"spec": f"{os.path.abspath(path)}:{function}", "root": os.getcwd(), "copy": f"metric.py:{function}"}
+
+
+def _source(path: str, module: str) -> str:
+    """The text of a module; of a script its imports, definitions and constants, since running it would do more."""
+    text = Path(path).read_text(encoding="utf-8")
+    if module != "__main__":
+        return text
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    assigned = (ast.Assign, ast.AnnAssign)
+    kept: list[ast.stmt] = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, kinds)
+        or (isinstance(node, assigned) and not any(isinstance(part, ast.Call) for part in ast.walk(node)))
+    ]
+    return "\n\n".join(ast.unparse(node) for node in kept) + "\n"
 
 
 def _metric(folder: Path, spec: str, root: str, copy: str) -> Callable[[Any], float]:

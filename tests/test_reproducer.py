@@ -91,6 +91,33 @@ def test_a_pass_of_a_package_that_imports_its_neighbour(
     assert replayed(folder)[0] == 1
 
 
+def test_a_pass_and_a_metric_of_a_script_which_is_not_run_again(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    text = PASS.format(imports="", name="double-c", factor="FACTOR") + SCRIPT_END
+    script.write_text(text.replace("import numpy", "FACTOR = 2\nimport numpy", 1), encoding="utf-8")
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
+    assert done.stdout == "ran\n", done.stderr
+    code, shown = replayed(folder)
+    assert code == 1, shown
+    assert shown.startswith("double-c broke its promise:")
+
+
+SCRIPT_END = """
+import sys
+
+def score(session):
+    return 1.0
+
+print("ran")
+text = "m (float[n,2] x) => (float[n,2] y) <float[2,2] w = {1, -2, 3, 4}> { y = MatMul (x, w) }"
+model = ir.from_onnx_text('<ir_version: 8, opset_import: ["": 17]>' + text)
+try:
+    penjing.run(model, "double-c", metric=score, reproducer=sys.argv[1])
+except penjing.BoundExceeded:
+    pass
+"""
+
+
 def test_a_pass_given_as_an_object_cannot_be_replayed_and_says_so(parse: Parse, folder: Path) -> None:
     class Doubles(ir.passes.InPlacePass):
         def call(self, model: ir.Model) -> ir.passes.PassResult:
