@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from hypothesis import given, note, settings
+from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from penjing.ir.text import text
-from penjing.passes.base import Context, Pass
+from penjing.passes.base import Context, Effect, Feeds, Outputs, Pass
 from penjing.passes.pipeline import Pipeline
-from penjing.runtime.session import OrtRunner
+from penjing.runtime.compare import Judge
+from penjing.runtime.session import DoesNotRun, OrtRunner
 
 RUNNER = OrtRunner()
 SHAPES = [(2, 3), (3, 2), (3, 3)]
@@ -29,6 +30,7 @@ PIPELINES = st.one_of(
     st.just("clean"), st.lists(st.sampled_from(PASSES), min_size=1, max_size=4, unique=True).map(",".join)
 )
 
+Shape = tuple[int, ...]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
@@ -38,7 +40,7 @@ class Builder:
 
     draw: Draw
     names: list[int]  # shared by a graph and its bodies: how many names are given out
-    values: list[tuple[str, tuple[int, ...]]]
+    values: list[tuple[str, Shape]]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     depth: int = 0
@@ -47,7 +49,7 @@ class Builder:
         self.names[0] += 1
         return f"{stem}{self.names[0]}"
 
-    def pick(self, *shapes: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    def pick(self, *shapes: Shape) -> tuple[str, Shape]:
         """A value in sight of one of some shapes, or a new constant where there is none."""
         found = [value for value in self.values if not shapes or value[1] in shapes]
         if found:
@@ -63,7 +65,7 @@ class Builder:
             self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array)))
         return name
 
-    def weight(self, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    def weight(self, shape: Shape) -> tuple[str, Shape]:
         """A constant in sight of later nodes, so that weights are tied; one of few, so that there are equal ones."""
         seed = self.draw(st.integers(0, 2))
         array = (
@@ -73,9 +75,9 @@ class Builder:
         self.values.append(found)
         return found
 
-    def node(self, op_type: str, inputs: list[str], shape: tuple[int, ...], **attributes: Any) -> str:
+    def node(self, op_type: str, inputs: list[str], shape: Shape, **attributes: Any) -> str:
         output = self.name("v")
-        name = self.draw(st.sampled_from(["", "n", output]))  # some share one name, some have none
+        name = self.draw(st.sampled_from(["", f"n{len(self.nodes)}"]))  # none, or one that a body may have too
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
         self.values.append((output, shape))
         return output
@@ -208,7 +210,7 @@ def models(draw: Draw) -> onnx.ModelProto:
     outputs = draw(st.lists(st.sampled_from(graph.values), min_size=1, max_size=4, unique=True))
     known = draw(st.booleans())  # whether the file says the sizes of the inputs
 
-    def info(name: str, shape: tuple[int, ...], sizes: bool) -> onnx.ValueInfoProto:
+    def info(name: str, shape: Shape, sizes: bool) -> onnx.ValueInfoProto:
         dims = shape if sizes else [f"{name}_{axis}" for axis in range(len(shape))]
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
 
@@ -216,41 +218,61 @@ def models(draw: Draw) -> onnx.ModelProto:
         graph.nodes,
         "g",
         [info(*value, known) for value in inputs],
-        [info(*value, True) for value in outputs],
+        [info(*value, known or value not in inputs) for value in outputs],
         graph.initializers,
     )
-    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model, dict(inputs)
 
 
 @settings(derandomize=True, max_examples=100, deadline=None, database=None)
 @given(models(), PIPELINES, st.booleans())
-def test_exact_passes_keep_their_promises(proto: onnx.ModelProto, steps: str, runner: bool) -> None:
+def test_exact_passes_keep_their_promises(
+    drawn: tuple[onnx.ModelProto, dict[str, Shape]], steps: str, runner: bool
+) -> None:
+    proto, shapes = drawn
     note(f"{steps} on\n{onnx.printer.to_text(proto)}")
     model = ir.from_proto(proto)
     before = model.clone()
     pipeline = Pipeline.parse(steps)
     ctx = Context(runner=RUNNER) if runner else Context()
     for pass_, _ in pipeline.steps():
-        changes_only_what_it_says(pass_, model, ctx)
-    judge(before, model, pipeline)
+        tells_what_it_changes(pass_, model, ctx)
+    judge(before, model, pipeline, shapes)
     if steps == "clean":
         once = text(model)
-        again = pipeline.run(model, ctx)
-        assert [step.ledger.changes for step in again] == [[]] * len(again)
+        assert not any(step.changed for step in pipeline.run(model, ctx))
         assert text(model) == once
 
 
-def changes_only_what_it_says(pass_: Pass, model: ir.Model, ctx: Context) -> None:
-    """Without a change in the ledger the text is as before; a second run finds nothing left to do."""
-    for run in (1, 2):
+def tells_what_it_changes(pass_: Pass, model: ir.Model, ctx: Context) -> None:
+    """Without a change in the ledger the text is as before, and a second run finds nothing left to do."""
+    for second in (False, True):
         before = text(model)
-        (step,) = Pipeline.of(pass_).run(model, ctx)  # verifies the model after it
-        assert step.changed == (text(model) != before)
-        assert run == 1 or not step.changed
+        (step,) = Pipeline.of(pass_).run(model, ctx)  # verifies the model
+        assert step.changed or text(model) == before
+        assert not (second and step.changed), step.ledger.changes
 
 
-def judge(before: ir.Model, after: ir.Model, pipeline: Pipeline) -> None:
-    [pass_.effect() for pass_, _ in pipeline.steps()]
+def judge(before: ir.Model, after: ir.Model, pipeline: Pipeline, shapes: dict[str, Shape]) -> None:
+    """Outputs are bit-identical without optimizations, or within the bound of as many rounding passes as there are."""
+    rounding = sum(pass_.effect() is Effect.ROUNDING for pass_, _ in pipeline.steps())
     rng = np.random.default_rng(0)
-    shapes = {value.name: value for value in before.graph.inputs}
-    [{name: rng.normal(size=SIZES(value)).astype(np.float32) for name, value in shapes.items()}]
+    feeds = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}]
+    try:
+        plain, full = outputs(before, feeds)
+    except DoesNotRun:  # ONNX Runtime 1.31 loses what a body in a body captures where the node that reads it is unused
+        reject()
+    new, new_full = outputs(after, feeds)
+    verdict = Judge()
+    if rounding:
+        verdict.add(full, plain, new_full)
+        assert verdict.breaches("rounding", rounding) == []
+    else:
+        verdict.add(plain, plain, new)
+        assert verdict.breaches("same") == []
+
+
+def outputs(model: ir.Model, feeds: Feeds) -> list[Outputs]:
+    """Without ONNX Runtime's optimizations and with all of them."""
+    return [next(iter(RUNNER.run(model, feeds, level=level))) for level in ("off", "all")]

@@ -7,5 +7,5 @@ from ..registry import register_pipeline
 
 register_pipeline(
     "clean",
-    "remove-dead-code,infer-shapes,fold-constants,remove-identities,fold-batchnorm,merge-duplicates,unify-names",
+    "remove-dead-code,infer-shapes,remove-identities,fold-constants,fold-batchnorm,merge-duplicates,unify-names",
 )

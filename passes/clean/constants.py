@@ -21,6 +21,7 @@ from ...ir.unused import discard
 from ...ir.versions import RUNNABLE
 from ..base import Context, Effect, Pass, register
 from ..rewrite import Tape, rewrite
+from .identities import remove_identities
 
 _LIMIT = 16 << 20  # bytes of any value in what is folded
 _GROWTH = 1 << 10  # bytes that a result may be larger than the constants that die
@@ -39,7 +40,8 @@ class FoldConstants(Pass):
     A part of the graph folds only if its results are no larger than the constants that die with it, plus 1 KiB, and
     nothing in it is over 16 MiB; sizes are known before anything is computed. So packed and quantized weights stay
     packed. Loop, Scan, If, random operators and Q/DQ are never folded. Also writes the target of a Reshape that is
-    computed from the shape of its data as a constant with zeros, which copy.
+    computed from the shape of its data as a constant with zeros, which copy. An operator that does nothing once
+    another has folded goes too, as by remove-identities.
     """
 
     def effect(self) -> Effect:
@@ -47,7 +49,7 @@ class FoldConstants(Pass):
         return Effect.ROUNDING
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Folds, lets shapes follow, and folds again until nothing more does."""
+        """Folds, lets shapes follow and what does nothing now go, and folds again until nothing more does."""
         rewrite(model, [cast_like_a_known_type], ctx)
         changed, skipped = True, dict[ir.Node, tuple[str, str]]()
         while changed:
@@ -55,6 +57,7 @@ class FoldConstants(Pass):
             changed = sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
             if changed:
                 infer_shapes(model)
+                remove_identities(model, ctx)
         for address, reason in skipped.values():
             ctx.skip(address, reason)
 

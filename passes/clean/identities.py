@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from ...ir.constants import constant_array, constant_ints, constant_tensor
 from ...ir.match import Replacement, Rule, decline, rule
-from ...ir.shapes import Dims, dims
+from ...ir.scopes import scopes
+from ...ir.shapes import Dims, dims, infer_shapes
 from ...ir.unused import is_idle
 from ..base import Context, Pass, register
 from ..rewrite import Tape, rewrite
@@ -26,8 +27,13 @@ class RemoveIdentities(Pass):
     """
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Rewrites every graph, to a fixed point."""
-        rewrite(model, RULES, ctx)
+        remove_identities(model, ctx)
+
+
+def remove_identities(model: ir.Model, ctx: Context) -> None:
+    """Rewrites every graph, to a fixed point; infers shapes that an operator stood in the way of, and goes on."""
+    while rewrite(model, RULES, ctx) and _has_unknown_shapes(model) and infer_shapes(model).improved:
+        pass
 
 
 @rule("Identity(x)")
@@ -189,6 +195,11 @@ RULES: list[Rule] = [
     minus_zero,
     plus_zero,
 ]
+
+
+def _has_unknown_shapes(model: ir.Model) -> bool:
+    shapes = (value.shape for scope in scopes(model) for node in scope.graph for value in node.outputs)
+    return any(shape is None or shape.has_unknown_dim() for shape in shapes)
 
 
 def _only_use(node: ir.Node) -> bool:
