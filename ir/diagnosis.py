@@ -33,7 +33,7 @@ def diagnosis(proto: ModelProto, error: BaseException) -> str:
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
     if "Map types" in reason:
         reason = (
-            "it has a value of map type, which the IR cannot hold (for scikit-learn models: convert without ZipMap)"
+            "it has a value of map type, which the IR cannot hold (skl2onnx: convert with options={'zipmap': False})"
         )
     return f" cannot be represented: {printable(reason)}"
 

@@ -205,7 +205,9 @@ def unvisited(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
         for value, node in ifs:
             taken[node].add(bool({**found, **feed}[value.name or ""]))
     words = {True: "then", False: "else"}
-    never = [f"{node.name}/{words[way]}" for node, ways in taken.items() for way in words if way not in ways]
+    never = [
+        f"{node.name or node.op_type}/{words[way]}" for node, ways in taken.items() for way in words if way not in ways
+    ]
     if not never:
         return []
     return [f"No run on these feeds takes the branch {', '.join(never)}; what passes did there is not checked."]
