@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def tell(console: Console, output: str | None = None) -> None:
             metric="penjing.models.zoo:accuracy",
             max_drop=MAX_DROP,
         )
+        report.input = dataclasses.replace(report.input, bytes=zoo.path(MODEL).stat().st_size)
         save(model, target)
         report.latency = latency(zoo.path(MODEL), target, test)
         show_report(report, console)

@@ -64,7 +64,8 @@ class Bar(Progress):
     def say(self, words: str) -> None:
         from rich.markup import escape
 
-        self._bar.reset(self._task, description=escape(words), total=None)
+        self._bar.remove_task(self._task)  # a task's total cannot be taken back
+        self._task = self._bar.add_task(escape(words), total=None)
 
     def count(self, done: int, total: int | None) -> None:
         self._bar.update(self._task, completed=done, total=total)
