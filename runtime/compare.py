@@ -49,6 +49,11 @@ class OutputDifference:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def noise_share(self) -> float | None:
+        """``noise`` as a share of max|y|; ``None`` where either is unknown or max|y| is 0."""
+        return None if self.noise is None or not self.max_reference else self.noise / self.max_reference
+
+    @property
     def equal(self) -> bool:
         """Whether every entry of every run is bit-identical (any NaN equals any other)."""
         return not (self.different or self.problems)

@@ -75,11 +75,14 @@ class CheckReport:
 
 @dataclass
 class MetricReport:
-    """The user's metric of the model before and after; ``max_drop`` is the bound on the loss, if one was given."""
+    """The user's metric before and after (``None`` where the run did not come so far).
+
+    ``max_drop`` is the bound on the loss, if one was given.
+    """
 
     name: str
     before: float
-    after: float
+    after: float | None = None
     max_drop: float | None = None
 
 

@@ -73,12 +73,15 @@ class Bounds:
             return f"The error max|Δ|/max|y| is {comparison.max_error:.3g}, over the bound of {self.max_error:g}."
         if comparison is not None and self.min_sqnr is not None and not comparison.min_sqnr >= self.min_sqnr:
             return f"The SQNR is {comparison.min_sqnr:.1f} dB, under the bound of {self.min_sqnr:g} dB."
-        if metric is not None and self.max_drop is not None and not metric.before - metric.after <= self.max_drop:
-            return (
-                f"The metric fell from {metric.before:.6g} to {metric.after:.6g}, by "
-                f"{metric.before - metric.after:.3g}, over the bound of {self.max_drop:g}."
-            )
-        return None
+        if metric is None or metric.after is None or self.max_drop is None:
+            return None
+        drop = metric.before - metric.after
+        if drop <= self.max_drop:
+            return None
+        return (
+            f"The metric fell from {metric.before:.6g} to {metric.after:.6g}, by {drop:.3g}, "
+            f"over the bound of {self.max_drop:g}."
+        )
 
 
 def run(
@@ -163,7 +166,7 @@ class _Proof:
         if self.runner.metric is not None:
             self.progress.say("the metric before")
             score = self.runner.score(self.model)
-            self.report.metric = MetricReport(self.runner.metric_name, score, score, self.bounds.max_drop)
+            self.report.metric = MetricReport(self.runner.metric_name, score, max_drop=self.bounds.max_drop)
         work = self.model.clone()
         check = self.report.check
         mode = check.mode if self.feeds is not None else "off"
@@ -264,10 +267,10 @@ def noisy(comparison: Comparison) -> list[str]:
     """A warning for each float output that the feeds hardly tell anything about."""
     return [
         f"The check says little of output {name}: on these feeds the unchanged model itself moves by "
-        f"{output.noise / output.max_reference:.1%} of max|y| between the runtime's optimizations on and off. "
+        f"{output.noise_share:.1%} of max|y| between the runtime's optimizations on and off. "
         "Give --data that it was made for."
         for name, output in comparison.outputs.items()
-        if output.noise and output.max_reference and output.noise > NOISY * output.max_reference
+        if output.noise_share is not None and output.noise_share > NOISY
     ]
 
 

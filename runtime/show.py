@@ -119,21 +119,16 @@ def _counted(counts: dict[str, int]) -> str:
 
 def _before_and_after(report: Report) -> Table:
     table = _table("", "before", "after")
-    before, after = report.input, report.output or report.input
-    grown = " [yellow](larger)[/]" if after.bytes > before.bytes else ""
-    table.add_row("bytes", f"{before.bytes:,}", f"{after.bytes:,}{grown}")
-    table.add_row("nodes", f"{before.nodes:,}", f"{after.nodes:,}")
-    table.add_row("weights", f"{before.weights:,}", f"{after.weights:,}")
-    table.add_row("sparsity", f"{before.sparsity:.2%}", f"{after.sparsity:.2%}")
+    before, after = report.input, report.output
+    forms = {"bytes": "{0.bytes:,}", "nodes": "{0.nodes:,}", "weights": "{0.weights:,}", "sparsity": "{0.sparsity:.2%}"}
+    for name, form in forms.items():
+        grown = " [yellow](larger)[/]" if name == "bytes" and after and after.bytes > before.bytes else ""
+        table.add_row(name, form.format(before), (form.format(after) if after else "-") + grown)
     check = report.check
     if check.comparison is not None:
         about = escape(check.feeds or "") + (" [yellow](random)[/]" if check.random else "")
         table.add_row("error max|Δ|/max|y|", "", f"{_number(check.comparison.max_error)} on {about}")
-        noise = [
-            output.noise / output.max_reference
-            for output in check.comparison.outputs.values()
-            if output.noise is not None and output.max_reference
-        ]
+        noise = [share for output in check.comparison.outputs.values() if (share := output.noise_share) is not None]
         table.add_row("the runtime's own noise", f"{_number(max(noise, default=None))}", "")
         table.add_row("SQNR", "", f"{_number(check.comparison.min_sqnr)} dB")
     elif check.not_run:
@@ -141,7 +136,9 @@ def _before_and_after(report: Report) -> Table:
     elif check.mode == "off":
         table.add_row("check", "", "off")
     if report.metric is not None:
-        table.add_row(escape(report.metric.name), f"{report.metric.before:.6g}", f"{report.metric.after:.6g}")
+        table.add_row(
+            escape(report.metric.name), _number(report.metric.before, ".6g"), _number(report.metric.after, ".6g")
+        )
     if report.latency:
         table.add_row("latency ms a run", f"{report.latency['before_ms']:.3f}", f"{report.latency['after_ms']:.3f}")
     elif report.target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import jsonschema
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from rich.console import Console
 
 import penjing
 from penjing.ir.errors import UsageError
 from penjing.ir.text import text
 from penjing.models import zoo
 from penjing.runtime.run import BoundExceeded
+from penjing.runtime.show import show_report
 
 METRIC = Path(__file__).with_name("wrong_passes.py")
 SCHEMA = json.loads((Path(penjing.__file__).parent / "runtime" / "report.schema.json").read_text(encoding="utf-8"))
@@ -131,11 +134,23 @@ def test_a_pass_that_changed_nothing_is_a_warning_and_an_error_under_strict(mode
 def test_metric_before_and_after(model: ir.Model) -> None:
     report = penjing.run(model.clone(), "lossy-nudge{by=0.5}", metric=wrong_passes.sum_of_outputs, max_drop=100)
     assert report.metric is not None
+    assert report.metric.after is not None
     assert report.metric.after < report.metric.before
     error = run_breached(model, "lossy-nudge{by=0.5}", metric=wrong_passes.sum_of_outputs, max_drop=0.1)
     assert "The metric fell from" in str(error)
     with pytest.raises(UsageError, match="give one with --metric"):
         penjing.run(model, "clean", max_drop=0.1)
+
+
+def test_what_was_not_measured_is_not_reported(model: ir.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    error = run_breached(model, "wrong-structure", metric=wrong_passes.sum_of_outputs)
+    assert error.report.output is None
+    assert error.report.metric is not None
+    assert error.report.metric.after is None
+    show_report(error.report, Console(width=120))
+    shown = capsys.readouterr().out
+    assert re.search(r"^bytes +[\d,]+ +- *$", shown, re.MULTILINE)
+    assert re.search(r"^sum_of_outputs +\S+ +- *$", shown, re.MULTILINE)
 
 
 def test_a_model_that_fails_after_passes_is_a_breach(model: ir.Model) -> None:
