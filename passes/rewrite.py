@@ -191,8 +191,8 @@ class _Rewriter:
             graph.register_initializer(value)
         new = {value for node in tape.nodes for value in node.outputs}
         for old, heir in pairs:
-            if heir is not None:
-                _move(old, heir, heir in new)
+            if heir is not None and _move(old, heir, heir in new) and (maker := heir.producer()) in self.seen:
+                self.again[maker] = None
         if tape.nodes:
             self.names_of_values(tape)
             graph.insert_after(root, tape.nodes)
@@ -279,8 +279,12 @@ def _is_there(value: ir.Value) -> bool:
     return value.is_initializer() or value.is_graph_input() or (node is not None and node.graph is not None)
 
 
-def _move(old: ir.Value, value: ir.Value, new: bool) -> None:
-    """Let ``value`` take the place of ``old``: uses, type, shape, and among the outputs of the graph the name too."""
+def _move(old: ir.Value, value: ir.Value, new: bool) -> bool:
+    """Let ``value`` take the place of ``old``: uses, type, shape, and among the outputs of the graph the name too.
+
+    Whether more is known of ``value`` now, so that a rule may fit the node that makes it.
+    """
+    known = value.type, value.shape
     if value.type is None:
         value.type = old.type
     graph = old.graph
@@ -297,3 +301,4 @@ def _move(old: ir.Value, value: ir.Value, new: bool) -> None:
                 graph.outputs[place] = value
     for node, index in old.uses():
         node.replace_input_with(index, value)
+    return known != (value.type, value.shape)

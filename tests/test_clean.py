@@ -639,3 +639,14 @@ def test_clean_leaves_quantized_models_as_they_are(parse: Parse) -> None:
     before = [(node.op_type, [value.name for value in node.inputs if value]) for node in model.graph]
     clean(model, "clean")
     assert [(node.op_type, [value.name for value in node.inputs if value]) for node in model.graph] == before
+
+
+def test_a_shape_that_a_value_takes_over_from_an_output_brings_its_node_back(parse: Parse) -> None:
+    model = parse("""
+        m (float[2,3] x, bool b) => (float[2,3] y)
+        { v = If (b) <then_branch = t () => (float[2,3] p) { p = Identity (x) },
+                      else_branch = e () => (float[2,3] q) { q = Neg (x) }>
+          s = Shape (x) i = Identity (s) r = Reshape (v, i) y = Cast <to = 1> (r) }
+    """)
+    clean(model, "infer-shapes,remove-identities")
+    assert operators(model) == ["If"]

@@ -1,11 +1,13 @@
 """Random graphs through random pipelines of exact passes: valid after each pass, and the same in ONNX Runtime.
 
-Every value is a float32 matrix. Graphs have bodies that capture outer values, tied weights, Constant nodes, equal
-constants, unused nodes, and outputs that are inputs or initializers.
+Every value is a float32 matrix. Graphs have branches and loops that capture outer values, calls of functions, tied
+weights, Constant nodes, equal constants, unused nodes, several outputs, and outputs that are inputs or initializers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +19,31 @@ from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from penjing.ir.errors import UsageError
+from penjing.ir.files import load, save
 from penjing.ir.text import text
+from penjing.ir.verify import verify
 from penjing.passes.base import Context, Effect, Feeds, Outputs, Pass
 from penjing.passes.pipeline import Pipeline
+from penjing.passes.registry import all_passes
 from penjing.runtime.compare import Judge
 from penjing.runtime.session import DoesNotRun, OrtRunner
 
 RUNNER = OrtRunner()
 SHAPES = [(2, 3), (3, 2), (3, 3)]
-PASSES = [str(step) for step, _ in Pipeline.parse("clean,strip-metadata").steps()]
+
+
+def exact_passes() -> list[str]:
+    """Every registered pass that with its defaults may run alone and promises the same outputs."""
+    found = []
+    for name, pass_ in all_passes().items():
+        with contextlib.suppress(UsageError):  # it has an option without a default
+            if pass_().effect() is not Effect.LOSSY:
+                found.append(name)
+    return found
+
+
+PASSES = exact_passes()
 PIPELINES = st.one_of(
     st.just("clean"), st.lists(st.sampled_from(PASSES), min_size=1, max_size=4, unique=True).map(",".join)
 )
@@ -35,19 +53,27 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 @dataclass
+class Shared:
+    """What a graph, its bodies and its functions have in common."""
+
+    names: int = 0  # given out so far
+    functions: list[onnx.FunctionProto] = field(default_factory=list)
+
+
+@dataclass
 class Builder:
     """One graph in the making. ``values`` are those in sight with their shapes, outer ones too."""
 
     draw: Draw
-    names: list[int]  # shared by a graph and its bodies: how many names are given out
+    shared: Shared
     values: list[tuple[str, Shape]]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     depth: int = 0
 
     def name(self, stem: str) -> str:
-        self.names[0] += 1
-        return f"{stem}{self.names[0]}"
+        self.shared.names += 1
+        return f"{stem}{self.shared.names}"
 
     def pick(self, *shapes: Shape) -> tuple[str, Shape]:
         """A value in sight of one of some shapes, or a new constant where there is none."""
@@ -83,7 +109,7 @@ class Builder:
         return output
 
     def grow(self) -> None:
-        self.draw(st.sampled_from(KINDS if self.depth < 2 else KINDS[1:]))(self)
+        self.draw(st.sampled_from(KINDS if self.depth < 2 else KINDS[2:]))(self)
 
 
 def branches(graph: Builder) -> None:
@@ -96,14 +122,66 @@ def branches(graph: Builder) -> None:
     graph.values.pop()
     bodies = {}
     for name in ("then_branch", "else_branch"):
-        body = Builder(graph.draw, graph.names, list(graph.values), depth=graph.depth + 1)
-        for _ in range(graph.draw(st.integers(0, 3))):
-            body.grow()
-        inner, _ = body.pick(shape)
-        output = body.node(graph.draw(st.sampled_from(["Identity", "Neg"])), [inner], shape)
-        info = helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)
-        bodies[name] = helper.make_graph(body.nodes, name, [], [info], body.initializers)
+        body, result = body_of(graph, shape)
+        bodies[name] = helper.make_graph(body.nodes, name, [], [result], body.initializers)
     graph.node("If", [scalar], shape, **bodies)
+
+
+def body_of(graph: Builder, shape: Shape, *carried: str) -> tuple[Builder, onnx.ValueInfoProto]:
+    """A body that sees the graph's values and its own ``carried`` ones, with an output of ``shape``."""
+    seen = [*graph.values, *((name, shape) for name in carried)]
+    body = Builder(graph.draw, graph.shared, seen, depth=graph.depth + 1)
+    for _ in range(graph.draw(st.integers(0, 3))):
+        body.grow()
+    inner, _ = body.pick(shape)
+    output = body.node(graph.draw(st.sampled_from(["Identity", "Neg"])), [inner], shape)
+    return body, helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)
+
+
+def loop(graph: Builder) -> None:
+    x, shape = graph.pick()
+    trips = graph.constant(np.array(graph.draw(st.integers(0, 2)), np.int64))
+    count, go, state = graph.name("i"), graph.name("go"), graph.name("s")
+    body, result = body_of(graph, shape, state)
+    goes_on = body.node("Identity", [go], ())
+    inputs = [
+        helper.make_tensor_value_info(count, TensorProto.INT64, ()),
+        helper.make_tensor_value_info(go, TensorProto.BOOL, ()),
+        helper.make_tensor_value_info(state, TensorProto.FLOAT, shape),
+    ]
+    outputs = [helper.make_tensor_value_info(goes_on, TensorProto.BOOL, ()), result]
+    graph.node(
+        "Loop", [trips, "", x], shape, body=helper.make_graph(body.nodes, "body", inputs, outputs, body.initializers)
+    )
+
+
+def call(graph: Builder) -> None:
+    """A function of two matrices of one shape, new or one that there is."""
+    if not graph.shared.functions or graph.draw(st.booleans()):
+        body = Builder(graph.draw, graph.shared, [("a", (2, 3)), ("b", (2, 3))], depth=2)
+        for _ in range(graph.draw(st.integers(1, 3))):
+            graph.draw(st.sampled_from([unary, binary, neutral]))(body)
+        nodes = [number_as_node(tensor) for tensor in body.initializers] + body.nodes
+        made = [output for node in body.nodes for output in node.output if node.op_type != "Constant"]
+        graph.shared.functions.append(
+            helper.make_function(
+                "local",
+                graph.name("F"),
+                ["a", "b"],
+                [graph.draw(st.sampled_from(made))],
+                nodes,
+                [helper.make_opsetid("", 17)],
+            )
+        )
+    function = graph.draw(st.sampled_from(graph.shared.functions))
+    x, shape = graph.pick((2, 3))
+    y, _ = graph.pick(shape)
+    graph.node(function.name, [x, y], shape, domain="local")
+
+
+def number_as_node(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    """A function has no initializers."""
+    return helper.make_node("Constant", [], [tensor.name], value=tensor)
 
 
 def unary(graph: Builder) -> None:
@@ -194,7 +272,7 @@ def expand(graph: Builder) -> None:
 
 
 KINDS = [
-    *(branches, unary, binary, neutral, transpose, reshape, reshape_like),
+    *(branches, loop, call, unary, binary, neutral, transpose, reshape, reshape_like),
     *(cast, matmul, gemm_and_norm, split, slice_, expand),
 ]
 
@@ -204,7 +282,7 @@ def models(draw: Draw) -> onnx.ModelProto:
     inputs = [
         (f"x{at}", shape) for at, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=2)))
     ]
-    graph = Builder(draw, [0], list(inputs))
+    graph = Builder(draw, Shared(), list(inputs))
     for _ in range(draw(st.integers(1, 8))):
         graph.grow()
     outputs = draw(st.lists(st.sampled_from(graph.values), min_size=1, max_size=4, unique=True))
@@ -221,7 +299,8 @@ def models(draw: Draw) -> onnx.ModelProto:
         [info(*value, known or value not in inputs) for value in outputs],
         graph.initializers,
     )
-    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    model = helper.make_model(proto, opset_imports=opsets, functions=graph.shared.functions, ir_version=8)
     return model, dict(inputs)
 
 
@@ -233,16 +312,25 @@ def test_exact_passes_keep_their_promises(
     proto, shapes = drawn
     note(f"{steps} on\n{onnx.printer.to_text(proto)}")
     model = ir.from_proto(proto)
+    verify(model)
     before = model.clone()
     pipeline = Pipeline.parse(steps)
+    assert str(Pipeline.parse(str(pipeline))) == str(pipeline)
     ctx = Context(runner=RUNNER) if runner else Context()
     for pass_, _ in pipeline.steps():
         tells_what_it_changes(pass_, model, ctx)
     judge(before, model, pipeline, shapes)
+    assert text(saved_and_loaded(model)) == text(model)
     if steps == "clean":
         once = text(model)
         assert not any(step.changed for step in pipeline.run(model, ctx))
         assert text(model) == once
+
+
+def saved_and_loaded(model: ir.Model) -> ir.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, f"{folder}/model.onnx")
+        return load(f"{folder}/model.onnx")
 
 
 def tells_what_it_changes(pass_: Pass, model: ir.Model, ctx: Context) -> None:
