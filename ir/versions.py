@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .address import graphs
+from .address import function_prefix, graphs, printable
+from .maps import MapType
 from .tensors import held
 
 RUNNABLE = 13
@@ -35,6 +37,14 @@ def saved_ir_version(model: ir.Model) -> int:
     return max(needed_ir_version(model), min(model.ir_version, RUNNABLE))
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """An IR version, and what in a model needs it, as a clause: ``initializer 'w' is int4``."""
+
+    version: int
+    reason: str
+
+
 def needed_ir_version(model: ir.Model) -> int:
     """The lowest IR version, from 3, whose readers understand all that is in the model.
 
@@ -42,45 +52,79 @@ def needed_ir_version(model: ir.Model) -> int:
     9: defaults of function attributes, float8; 10: int4, overloads; 11: float4, device configurations; 12: float8e8m0;
     13: int2; 14: float6. Metadata and quantization annotations count for nothing: older readers skip them.
     """
-    return max([3, *_needs(model)])
+    return greatest_need(model).version
 
 
-def _needs(model: ir.Model) -> Iterator[int]:
+def greatest_need(model: ir.Model) -> Need:
+    """The lowest IR version that ``model`` can have, and the first thing in it that needs that."""
+    found = max(_needs(model), key=lambda need: need[0], default=None)
+    if found is None:
+        return Need(3, "operators have versions")
+    version, prefix, thing, words = found
+    if thing is None:
+        return Need(version, words)
+    name = printable(prefix + (thing.name or (thing.op_type if isinstance(thing, ir.Node) else "")))
+    if isinstance(thing, ir.Node):
+        return Need(version, f"node '{name}' {words}")
+    return Need(version, f"{'initializer' if thing.is_initializer() else 'value'} '{name}' {words}")
+
+
+_Found = tuple[int, str, ir.Value | ir.Node | None, str]  # version, prefix of the graph, what is in it, words
+
+
+def _needs(model: ir.Model) -> Iterator[_Found]:
     if model.device_configurations:
-        yield 11
+        yield 11, "", None, "the model has device configurations"
     for function in model.functions.values():
-        yield 8
-        if function.overload:
-            yield 10
-        if any(attribute.value is not None for attribute in function.attributes.values()):
-            yield 9
-    kinds: set[ir.DataType] = set()
-    for _, graph in graphs(model):
-        if any(not value.is_graph_input() for value in graph.initializers.values()):
-            yield 4
-        types = [value.type for value in (*graph.inputs, *graph.initializers.values())]
+        yield from _function_needs(function)
+    kinds: dict[ir.DataType, tuple[str, ir.Value | ir.Node, str]] = {}
+    for prefix, graph in graphs(model):
+        own = next((value for value in graph.initializers.values() if not value.is_graph_input()), None)
+        if own is not None:
+            yield 4, prefix, own, "is no input"
+        values = [*graph.inputs, *graph.initializers.values()]
         for node in graph:
             if node.overload:
-                yield 10
+                yield 10, prefix, node, "calls an overload"
             if node.device_configurations:
-                yield 11
-            types += [value.type for value in node.outputs]
+                yield 11, prefix, node, "has device configurations"
+            values += node.outputs
             if node.attributes.data:
-                kinds.update(tensor.dtype for _, tensor in held(graph, node))
-        for form in types:
+                for _, tensor in held(graph, node):
+                    kinds.setdefault(tensor.dtype, (prefix, node, "holds"))
+        for value in values:
+            form = value.type
             if type(form) is ir.TensorType:  # isinstance would go through a protocol, member by member
-                kinds.add(form.dtype)
+                if form.dtype not in kinds:
+                    kinds[form.dtype] = prefix, value, "is"
             elif form is not None:
-                yield from _nested(form, kinds)
-    yield from (_KINDS.get(kind, 3) for kind in kinds)
+                yield from _nested(form, prefix, value, kinds)
+    for kind, (prefix, thing, verb) in kinds.items():
+        if kind in _KINDS:
+            yield _KINDS[kind], prefix, thing, f"{verb} {kind.name.lower()}"
 
 
-def _nested(form: ir.TypeProtocol | None, kinds: set[ir.DataType]) -> Iterator[int]:
+def _function_needs(function: ir.Function) -> Iterator[_Found]:
+    name = printable(function_prefix(function).removesuffix("/"))
+    yield 8, "", None, f"there is the function {name}"
+    if function.overload:
+        yield 10, "", None, f"the function {name} is an overload"
+    if any(attribute.value is not None for attribute in function.attributes.values()):
+        yield 9, "", None, f"an attribute of the function {name} has a default"
+
+
+def _nested(
+    form: ir.TypeProtocol | None,
+    prefix: str,
+    value: ir.Value,
+    kinds: dict[ir.DataType, tuple[str, ir.Value | ir.Node, str]],
+) -> Iterator[_Found]:
     """What a type that is no plain tensor needs; the element types it ends in go to ``kinds``."""
     while form is not None:
         if isinstance(form, ir.OptionalType | ir.SparseTensorType):
-            yield 8
-        if not isinstance(form, ir.SequenceType | ir.OptionalType):
-            kinds.add(form.dtype)
+            word = "optional" if isinstance(form, ir.OptionalType) else "a sparse tensor"
+            yield 8, prefix, value, f"is {word}"
+        if not isinstance(form, ir.SequenceType | ir.OptionalType | MapType):
+            kinds.setdefault(form.dtype, (prefix, value, "is"))
             return
         form = form.elem_type

@@ -78,6 +78,10 @@ class Runner(Protocol):
         """Seconds a run for each model, interleaved in one go."""
         ...
 
+    def newest_opset(self) -> int:
+        """The newest version of the ONNX domain that it takes."""
+        ...
+
 
 def _given(name: str, option: str) -> Any:
     def read(self: Context) -> Any:
