@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .ir.errors import BadFile, PenjingError, UsageError
+from .runtime.functions import is_file, split
+from .runtime.interrupt import Interrupts
+from .runtime.recipe import Code, Partner, Text, allow_code, read_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,30 +27,45 @@ DATA_HELP = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits 0 done, 1 a check or bound failed, 2 bad input or usage, 130 interrupted."""
+    """Run the command line, and exit: 0 done, 1 a check or bound failed, 2 bad input or usage.
+
+    ``KeyboardInterrupt`` passes through; ``__main__`` makes it exit code 130.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.exit(cli.main(arguments, prog_name="penjing", standalone_mode=False) or 0)
-    except click.exceptions.Abort:
-        click.echo("penjing: interrupted; nothing was left half-written.", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except PenjingError as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(f"penjing: {error}", err=True)
-        sys.exit(error.exit_code)
+    except click.exceptions.Abort as error:  # what click makes of an interrupt
+        raise KeyboardInterrupt from error
     except Exception as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(
-            f"penjing: an error of penjing itself: {type(error).__name__}: {error}. Run again with --debug for the "
-            "traceback, and report it.",
-            err=True,
-        )
-        sys.exit(1)
+        if Interrupts.caught is not None:  # native code made something else of it
+            raise KeyboardInterrupt from error
+        sys.exit(_explain(error, "--debug" in arguments))
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Say what went wrong, or raise it again for ``debug``; the exit code."""
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if debug:
+        raise error
+    if isinstance(error, PenjingError):
+        _tell(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        _tell(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        return 2
+    _tell(
+        f"an error of penjing itself: {type(error).__name__}: {error}. Run again with --debug for the traceback, "
+        "and report it."
+    )
+    return 1
+
+
+def _tell(sentence: str) -> None:
+    """Say it on standard error, with what a terminal would act on in backslash form."""
+    shown = (c if c == "\n" or unicodedata.category(c) != "Cc" else ascii(c)[1:-1] for c in sentence)
+    click.echo(f"penjing: {''.join(shown)}", err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -60,16 +78,33 @@ debug = click.option("--debug", is_flag=True, help="Show the traceback of an err
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
+def _with_recipe(context: click.Context, _: click.Parameter, path: str | None) -> str | None:
+    """What the command line does not say, the recipe says."""
+    if path is not None and not context.resilient_parsing:
+        context.default_map = read_recipe(path, context.command)
+    return path
+
+
 @cli.command()
 @click.argument("model", type=click.Path())
-@click.option("-p", "--passes", required=True, help="The pipeline: 'clean,prune-magnitude{sparsity=0.5}'.")
+@click.option("-p", "--passes", type=Text(), required=True, help="The pipeline: 'clean,prune-magnitude{sparsity=0.5}'.")
 @click.option("-o", "--output", required=True, type=click.Path(), help="Where the result goes.")
-@click.option("--data", help=DATA_HELP)
-@click.option("--check-data", help="Sample inputs for the check alone; --data otherwise.")
+@click.option("--data", type=Code(or_path=True), help=DATA_HELP)
+@click.option("--check-data", type=Code(or_path=True), help="Sample inputs for the check alone; --data otherwise.")
 @click.option("--labels", type=click.Path(), help="int64 [samples] as .npy.")
-@click.option("--with", "partners", multiple=True, metavar="NAME=MODEL", help="A partner model, for passes that merge.")
 @click.option(
-    "--metric", metavar="FILE.py:FUNCTION", help="Takes an InferenceSession, returns a float; higher is better."
+    "--with",
+    "partners",
+    type=Partner(),
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="A partner model, for passes that merge.",
+)
+@click.option(
+    "--metric",
+    type=Code(),
+    metavar="FILE.py:FUNCTION",
+    help="Takes an InferenceSession, returns a float; higher is better.",
 )
 @click.option("--max-drop", type=float, help="The most that the metric may fall, absolute.")
 @click.option("--max-error", type=float, help="Bound on max|Δ|/max|y| of each float output.")
@@ -82,10 +117,30 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 @click.option("--json", "json_file", type=click.Path(), help="Write the report here as JSON.")
 @click.option("--print", "printing", type=click.Choice(["changed", "all"]), help="Print the model's text after passes.")
 @click.option("--force", is_flag=True, help="Overwrite OUT and the report.")
+@click.option(
+    "--recipe",
+    type=click.Path(),
+    is_eager=True,
+    callback=_with_recipe,
+    help="A TOML file that says MODEL and options; what is given beside it goes first.",
+)
+@click.option("--allow-python", is_flag=True, is_eager=True, help="Run the Python that the recipe names.")
 @debug
-def run(model: str, passes: str, output: str, json_file: str | None, **options: Any) -> None:
+@click.pass_context
+def run(
+    context: click.Context,
+    model: str,
+    passes: str,
+    output: str,
+    json_file: str | None,
+    recipe: str | None,
+    allow_python: bool,
+    **options: Any,
+) -> None:
     """Run passes over MODEL, prove the result with ONNX Runtime, and write it."""
-    from .ir.files import disk_bytes
+    if recipe:
+        allow_code(context, recipe, allow_python)
+    from .ir.files import disk_bytes, require_apart
     from .passes.instruments import Printing
     from .passes.pipeline import Pipeline
     from .runtime.run import BoundExceeded
@@ -94,42 +149,55 @@ def run(model: str, passes: str, output: str, json_file: str | None, **options: 
     from .runtime.show import show_report
 
     force, printing, partners = (options.pop(name) for name in ("force", "printing", "partners"))
-    pipeline = Pipeline.parse(passes)
-    require_writable(output, force)
-    if json_file:
-        require_writable(json_file, force)
+    pipeline, partners = Pipeline.parse(passes), _partners(context, partners)
+    _require_targets(output, json_file, force, _reads(options, partners) | {"--recipe": recipe, "MODEL": model})
     out = _console()
     cause = None
     with _bar().shown() as bar:
         loaded = _load(model)
+        for target in filter(None, (output, json_file)):
+            require_apart(loaded, target)
         size = disk_bytes(loaded, model)
         try:
             report = run_passes(
                 loaded,
                 pipeline,
                 **options,
-                models=_partners(partners),
+                models=partners,
                 reproducer=f"{output}.reproducer",
                 instruments=[Printing(click.echo, printing == "all")] if printing else [],
                 progress=bar,
             )
-            if size <= LARGE:
+            if size <= LARGE and not report.check.not_run:
                 bar.say("timing")
                 report.latency = _latency(model, loaded, options["data"])
-            bar.say("writing")
-            _save(loaded, output)
             report.target = output
         except BoundExceeded as error:
             report, cause = error.report, error
-    report.input = dataclasses.replace(report.input, bytes=size)
-    if json_file:
-        report.write(json_file)
-    if not report.failure and Path(f"{output}.reproducer", "run.json").exists():
-        shutil.rmtree(f"{output}.reproducer")  # of an earlier run with this output
+        report.input = dataclasses.replace(report.input, bytes=size)
+        bar.say("writing")
+        _write(loaded, report, output, json_file)
     show_report(report, out)
     if report.failure:
         message = f"{report.failure}\n{output} was not written.{_pointer(report.reproducer)}"
         raise PenjingFailed(message) from cause
+
+
+def _write(model: Any, report: Any, output: str, json_file: str | None) -> None:
+    """Write the result, unless the run failed, and the report; an interrupt leaves both or neither."""
+    from .ir.files import save
+    from .runtime.reproducer import remove_reproducer
+
+    def finish() -> None:
+        if json_file:
+            report.write(json_file)
+        if not report.failure:
+            remove_reproducer(f"{output}.reproducer")  # of an earlier run with this output
+
+    if report.failure:
+        finish()
+    else:
+        save(model, output, then=finish)
 
 
 class PenjingFailed(PenjingError):
@@ -228,23 +296,63 @@ def demo(output: str | None) -> None:
 
 
 def require_writable(output: str, force: bool) -> None:
-    """Raise ``BadFile`` where OUT exists (without ``force``), is a folder, or its folder is missing or read-only."""
+    """Raise ``BadFile`` where OUT exists (without ``force``) or is no plain file, or its folder takes no file."""
     path = Path(output)
     folder = path.parent
     if path.is_dir():
         raise BadFile(f"{output} is a folder; name a file for the output.")
+    if path.exists() and not path.is_file():
+        raise BadFile(f"{output} is a device or a pipe; name a file for the output.")
     if path.exists() and not force:
         raise BadFile(f"{output} exists already; name another output, or add --force to replace it.")
+    if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o222:
+        raise BadFile(f"{output} is write-protected; allow writing to it, or name another output.")
     if not folder.is_dir():
         raise BadFile(f"The folder {folder} of the output does not exist; create it first.")
     if not os.access(folder, os.W_OK):
         raise BadFile(f"The folder {folder} of the output is not writable; choose another.")
 
 
-def _partners(pairs: Sequence[str]) -> dict[str, str]:
+def _require_targets(output: str, json_file: str | None, force: bool, reads: Mapping[str, str | None]) -> None:
+    """Raise ``PenjingError`` where writing would fail in the end, or hit what is read; OUT may replace MODEL."""
+    writes = {"-o": output} | ({"--json": json_file} if json_file else {})
+    for name, target in writes.items():
+        for other, source in (reads | writes).items():
+            if source is None or other == name or (name, other) == ("-o", "MODEL"):
+                continue
+            if _entry(target) in (_entry(source), os.path.realpath(source)):
+                raise UsageError(f"{name} and {other} are the same file, {target}; name another for {name}.")
+    require_writable(output, force)
+    reproducer = Path(f"{output}.reproducer")
+    if os.path.lexists(reproducer) and (reproducer.is_symlink() or not (reproducer / "run.json").is_file()):
+        raise BadFile(
+            f"{reproducer} is in the way: if a check fails, that is shown there; move it, or name another -o."
+        )
+    if json_file and (Path(json_file).is_file() or not os.path.exists(json_file)):
+        require_writable(json_file, force)
+
+
+def _entry(path: str) -> str:
+    """The place of a file, links in its folder followed: writing replaces what is there, be it a link."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _reads(options: Mapping[str, Any], partners: Mapping[str, str]) -> dict[str, str | None]:
+    """The files that the options of a run name, each by its option."""
+    found = {f"--with {name}": path for name, path in partners.items()} | {"--labels": options["labels"]}
+    for name in ("data", "check_data", "metric"):
+        parts = split(options[name] or "")
+        found[f"--{name.replace('_', '-')}"] = parts[0] if parts and is_file(parts[0]) else options[name]
+    return found
+
+
+def _partners(context: click.Context, pairs: Sequence[str]) -> dict[str, str]:
+    """Partner models by name; what the command line says of a name goes before what the recipe says."""
     for pair in pairs:
         if "=" not in pair:
             raise UsageError(f"--with {pair} must be NAME=MODEL.")
+    pairs = (*(context.default_map or {}).get("partners", ()), *pairs)
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -252,12 +360,6 @@ def _load(path: str) -> Any:
     from .ir.files import load
 
     return load(path)
-
-
-def _save(model: Any, path: str) -> None:
-    from .ir.files import save
-
-    save(model, path)
 
 
 def _latency(before: str, after: Any, data: str | None) -> dict[str, float] | None:

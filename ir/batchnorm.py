@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .match import attribute, decline
+from .storage import LARGE, Read, StreamedTensor, blocks, reader
 
 Array = np.ndarray[Any, Any]
 
@@ -37,12 +38,25 @@ def output_channels(layer: ir.Node, shape: Sequence[int]) -> int:
     return shape[0 if attribute(layer, "transB", 0) else 1]
 
 
-def scaled_weight(layer: ir.Node, weight: Array, scale: Array) -> Array:
-    """``weight`` with each output channel times its ``scale`` [channels], in the dtype of ``weight``.
+def scaled_weight(layer: ir.Node, weight: ir.TensorProtocol, scale: Array) -> ir.TensorProtocol:
+    """``weight`` with each output channel times its ``scale`` [channels], in the type of ``weight``.
 
-    Declines where a number does not fit into that type.
+    From ``storage.LARGE`` bytes on it is computed when it is read, a block at a time. Declines where a number does not
+    fit into the type.
     """
-    return rounded(weight.astype(np.float64) * _spread(layer, weight, scale), weight.dtype)
+    shape, dtype = tuple(weight.shape.numpy()), weight.dtype.numpy()
+    spread = _spread(layer, shape, scale)
+    if weight.nbytes < LARGE:
+        return ir.Tensor(rounded(weight.numpy().astype(np.float64) * spread, dtype), name=weight.name)
+
+    def open() -> Read:
+        read, wide = reader(weight), np.broadcast_to(spread, shape).flat
+        return lambda start, stop: rounded(read(start, stop).astype(np.float64) * wide[start:stop], dtype)
+
+    made = StreamedTensor(open, weight.dtype, ir.Shape(shape), name=weight.name, provenance="lazy: fold-batchnorm")
+    for _ in blocks(made):  # declines now, if at all
+        pass
+    return made
 
 
 def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
@@ -54,13 +68,13 @@ def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
     return result
 
 
-def _spread(layer: ir.Node, weight: Array, scale: Array) -> Array:
-    """``scale`` in a shape that broadcasts over ``weight``."""
-    tail = (1,) * (weight.ndim - 2)
+def _spread(layer: ir.Node, shape: Sequence[int], scale: Array) -> Array:
+    """``scale`` in a shape that broadcasts over a weight of ``shape``."""
+    tail = (1,) * (len(shape) - 2)
     if layer.op_type == "Conv":
         return scale.reshape(-1, 1, *tail)
     if layer.op_type == "ConvTranspose":  # W [C, M/group, ...]: input channel c belongs to group c // (C/group)
         groups = int(attribute(layer, "group", 1))
         rows = scale.reshape(groups, -1)
-        return np.repeat(rows, weight.shape[0] // groups, axis=0).reshape(*weight.shape[:2], *tail)
+        return np.repeat(rows, shape[0] // groups, axis=0).reshape(*shape[:2], *tail)
     return scale.reshape(-1, 1) if attribute(layer, "transB", 0) else scale.reshape(1, -1)

@@ -22,7 +22,8 @@ _NUMBERS = {
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor that ``value`` always holds: of an initializer that no caller can override, or of a Constant node.
 
-    ``None`` for anything else, among it strings, sparse tensors and what the caller of a function sets.
+    ``None`` for anything else, among it strings in attributes and what the caller of a function sets. It may be a
+    ``sparse.SparseTensor``, whose ``nbytes`` are those it takes dense.
     """
     if value is None:
         return None

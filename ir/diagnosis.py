@@ -31,10 +31,6 @@ def diagnosis(proto: ModelProto, error: BaseException) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-    if "Map types" in reason:
-        reason = (
-            "it has a value of map type, which the IR cannot hold (skl2onnx: convert with options={'zipmap': False})"
-        )
     return f" cannot be represented: {printable(reason)}"
 
 

@@ -102,7 +102,8 @@ class Dimensions:
         return _objects(items[start:end])
 
     def same(self, node: ir.Node) -> Elements | None:
-        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) not in _INTEGERS:
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and (to is None or to.value not in _INTEGERS):  # the enumeration's members are ints
             return None
         return self.elements(node.inputs[0])
 

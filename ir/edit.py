@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from .address import addresses, bodies, graphs, printable
 from .errors import UsageError
+from .references import renaming, replace_sharded
 
 _FIELDS = (
     "ir_version",
@@ -123,6 +124,7 @@ def replace_uses(old: ir.Value, new: ir.Value, names: Names, *, but: Collection[
     kept = set(but) | {inner for node in but for inner in _inside(node)}
     for node, index in old.uses():
         if node not in kept:
+            replace_sharded(node, old, new)
             node.replace_input_with(index, new)
 
 
@@ -150,7 +152,8 @@ def rename(value: ir.Value, name: str, names: Names) -> None:
             f"The value '{printable(value.name or '')}' cannot be renamed to '{printable(name)}': "
             f"the name is taken{place}. Choose another, for example '{printable(fresh_name(names.model, name))}'."
         )
-    names.rename(value, name)
+    with renaming(names.model):
+        names.rename(value, name)
 
 
 def prefix(model: ir.Model, text: str) -> None:
@@ -162,7 +165,8 @@ def prefix(model: ir.Model, text: str) -> None:
             if node.name:
                 node.name = text + node.name
     named = [value for value in values if value.name]
-    ir.convenience.rename_values(named, [f"{text}{value.name}" for value in named])
+    with renaming(model):
+        ir.convenience.rename_values(named, [f"{text}{value.name}" for value in named])
 
 
 def become(model: ir.Model, other: ir.Model) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import logging
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,12 +17,15 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from .address import graphs, printable
-from .atomic import Replacement, settle
+from .atomic import Replacement, explained, reason_of, settle
 from .diagnosis import diagnosis
 from .errors import BadFile, PenjingError
 from .external import DataFiles, MappedTensor
 from .intake import Intake
+from .interrupts import uninterrupted
 from .layout import Layout, at, in_memory, plan, write_data, write_tensor
+from .references import mark
+from .sparse import location_of, put_back, stand_in
 from .tensors import StoredTensor, standing_in, tensors
 from .versions import saved_ir_version
 
@@ -37,8 +39,8 @@ PROTOBUF_LIMIT = (1 << 31) - 1
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX model (protobuf). Its external data stay in their files, mapped; nothing else is opened.
 
-    ``model.meta["penjing.path"]`` is the absolute path, ``model.meta["penjing.external"]`` whether there were external
-    data. Sparse constants become dense. Type and shape of values that the graph does not have are left behind.
+    ``model.meta["penjing.path"]`` is the absolute path, ``model.meta["penjing.external"]`` a list of the paths of its
+    data files. Sparse constants stay sparse. Type and shape of values that the graph does not have are left behind.
 
     Raises ``BadFile``, in a sentence: no such file, not ONNX, cut short, made for a newer onnx, broken or unsafe
     external data, a tensor whose data do not fit its type and shape, or something that the IR cannot keep.
@@ -55,28 +57,38 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             raise BadFile(place + diagnosis(proto, error)) from error
     _complete(model, proto, intake)
     model.meta["penjing.path"] = absolute
-    model.meta["penjing.external"] = bool(intake.external)
+    locations = sorted({location for location, _, _ in intake.external})
+    model.meta["penjing.external"] = [os.path.join(os.path.dirname(absolute), location) for location in locations]
     return model
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+def save(
+    model: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    external: bool | None = None,
+    then: Callable[[], None] | None = None,
+) -> None:
     """Write a model so that ``path`` holds the old file or the whole new one, whatever happens on the way.
 
     ``external``: whether tensors of 1 KiB or more go to a data file ``PATH.<12 hex>.data``; None: if the model came
     with one, or they take more than 1.5 GiB. Tensors are computed, read and written one at a time. Data files of
-    ``path`` that the new model does not name are removed, and so is what a killed save left. Saving a model over the
+    ``path`` that the new model does not name are removed, and so is what a killed save left. ``then`` is called when the
+    file is in place, before an interrupt can come between. Saving a model over the
     file that it was loaded from is safe, and the model stays usable.
 
     The model is not changed. Operator sets are kept; the IR version is kept between what the contents need and 13 (see
     ``versions.saved_ir_version``). The same model gives the same bytes.
 
-    Raises ``BadFile``: the folder is missing or cannot be written, the disk is full, ``path`` is a folder, or the part
-    that must be inside the model passes protobuf's 2 GiB.
+    The new files have the permissions of the one at ``path``, if there is one. A symbolic link there is replaced, and
+    what it points to stays as it is. Processes that save over one path at the same time do so one after another.
+
+    Raises ``BadFile``: the folder is missing or cannot be written, the disk is full, ``path`` is a folder, a device,
+    write-protected or a data file of this model, or the part that must be inside the model passes protobuf's 2 GiB.
     """
     target = os.path.abspath(path)
+    require_apart(model, path)
     with _writing(os.fspath(path)), Replacement(target) as replacement:
-        if os.path.isdir(target):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         layout = plan(model, external, LARGE)
         store, location = None, ""
         if layout.slots:
@@ -88,7 +100,17 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         with file:
             _compose(model, layout, location).write(file)
             settle(file)
-        replacement.commit(file, store, location)
+        with uninterrupted():
+            replacement.commit(file, store, location)
+            if then is not None:
+                then()
+
+
+def require_apart(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Raise ``BadFile`` where writing the file ``path`` would destroy weights of the file that ``model`` is from."""
+    held = (tensor.path for _, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor))
+    if os.path.realpath(path) in map(os.path.realpath, dict.fromkeys([*model.meta.get("penjing.external", ()), *held])):
+        raise BadFile(f"{printable(os.fspath(path))} holds weights of the model that is to be saved; name another file")
 
 
 def disk_bytes(model: ir.Model, path: str | os.PathLike[str]) -> int:
@@ -123,7 +145,7 @@ def _parse(path: str, place: str) -> onnx.ModelProto:
     except FileNotFoundError:
         raise BadFile(f"{place} does not exist") from None
     except OSError as error:
-        raise BadFile(f"{place} cannot be read: {_reason(error)}") from None
+        raise BadFile(f"{place} cannot be read: {reason_of(error)}") from None
     except DecodeError as error:
         raise BadFile(place + _undecodable(start, str(error))) from None
     return proto
@@ -184,12 +206,17 @@ def _complete(model: ir.Model, proto: onnx.ModelProto, intake: Intake) -> None:
     for _, graph in graphs(model):
         for value in graph.initializers.values():
             if type(value.const_value) is ir.TensorProtoTensor:
-                own = value.shape if value.shape is not None and value.shape.frozen else None
-                value.const_value = StoredTensor(value.const_value.raw, own)
-    if not intake.external and not intake.labelled:
+                raw, own = value.const_value.raw, value.shape
+                fits = own is not None and own.frozen and own == tuple(raw.dims)  # the file may say another for the value
+                value.const_value = StoredTensor(raw, own if fits else None)
+    if intake.annotated:
+        mark(model)
+    if not intake.external and not intake.labelled and not intake.sparse:
         return
     for holder, tensor in tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and (sparse := intake.sparse.get(os.fspath(tensor.location))):
+            holder.put(sparse)
+        elif isinstance(tensor, ir.ExternalTensor):
             bytes_ = intake.external[os.fspath(tensor.location), tensor.offset or 0, tensor.nbytes]
             holder.put(MappedTensor(tensor, intake.files.folder, bytes_))
         elif isinstance(tensor, ir.TensorProtoTensor):
@@ -223,13 +250,21 @@ def _compose(model: ir.Model, layout: Layout, location: str) -> _Composition:
     """
     pairs = [(holder, at(location, slot.offset, holder, slot.tensor)) for holder, slot in layout.external]
     pairs += [(holder, at("", 0, holder, tensor)) for holder, tensor in layout.streamed]
+    sparse = {stand_in(number): tensor for number, (_, tensor) in enumerate(layout.sparse)}
+    pairs += [
+        (holder, at(stand_in(number), 0, holder, tensor)) for number, (holder, tensor) in enumerate(layout.sparse)
+    ]
     with standing_in([*pairs, *((holder, in_memory(tensor)) for holder, tensor in layout.returned)]):
         proto = _skeleton(model)
+    put_back(proto, sparse)
     streamed = {holder.owner.name: tensor for holder, tensor in layout.streamed}
     initializers: list[bytes | ir.TensorProtocol] = []
     for tensor in proto.graph.initializer:
         contents = streamed.get(tensor.name)
-        if contents is None:
+        if sparse and (set_aside := sparse.get(location_of(tensor))) is not None:
+            whole = set_aside.named(tensor.name).SerializeToString(deterministic=True)
+            initializers += [_head(_SPARSE_INITIALIZER, len(whole)), whole]
+        elif contents is None:
             whole = tensor.SerializeToString(deterministic=True)
             initializers.append(_head(_INITIALIZER, len(whole)) + whole)
         else:
@@ -245,11 +280,12 @@ def _compose(model: ir.Model, layout: Layout, location: str) -> _Composition:
     return _Composition([start, *initializers])
 
 
-_GRAPH, _INITIALIZER, _RAW_DATA = (
+_GRAPH, _INITIALIZER, _SPARSE_INITIALIZER, _RAW_DATA = (
     message.DESCRIPTOR.fields_by_name[name].number << 3 | 2
     for message, name in (
         (onnx.ModelProto, "graph"),
         (onnx.GraphProto, "initializer"),
+        (onnx.GraphProto, "sparse_initializer"),
         (onnx.TensorProto, "raw_data"),
     )
 )
@@ -277,8 +313,10 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
                 f"function '{printable(function.name)}' holds the initializer '{printable(name)}', which ONNX does not "
                 "allow; use a Constant node"
             )
+    stamped = model.ir_version
     try:
         with _undisturbed():
+            model.ir_version = saved_ir_version(model)  # decides where the types in functions go
             proto = ir.serde.serialize_model(model)
     except ir.serde.SerdeError as error:
         cause: BaseException = error
@@ -287,7 +325,8 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
         if isinstance(cause, PenjingError | OSError):  # from a lazy tensor
             raise cause from error
         raise BadFile(f"the model cannot be serialized: {printable(str(cause))}") from error
-    proto.ir_version = saved_ir_version(model)
+    finally:
+        model.ir_version = stamped
     _drop_implied(proto.graph)
     return proto
 
@@ -306,21 +345,14 @@ def _drop_implied(graph: onnx.GraphProto) -> None:
 @contextlib.contextmanager
 def _writing(path: str) -> Iterator[None]:
     """Turn what goes wrong into a sentence that names the file being saved."""
-    place = f"{printable(path)} cannot be written"
     try:
-        yield
-    except OSError as error:
-        folder = os.path.dirname(os.path.abspath(path))
-        if error.errno == errno.ENOENT and not os.path.isdir(folder):
-            reason = f"there is no folder {printable(folder)}; make it first"
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full; what was there before is untouched"
-        else:
-            reason = _reason(error)
-        raise BadFile(f"{place}: {reason}") from error
+        with explained(path):
+            yield
     except (BadFile, EncodeError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         reason = str(error) if isinstance(error, BadFile) else _too_large("cannot be serialized")
-        raise BadFile(f"{place}: {reason}") from error
+        raise BadFile(f"{printable(path)} cannot be written: {reason}") from error
 
 
 def _too_large(found: str) -> str:
@@ -328,7 +360,3 @@ def _too_large(found: str) -> str:
         f"the model without its external data {found}, past the {PROTOBUF_LIMIT} of protobuf; save it with external "
         "data, and turn large constants in bodies into initializers of the main graph"
     )
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

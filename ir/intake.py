@@ -1,5 +1,5 @@
 """What a protobuf must be before an IR is built from it: one cheap walk that refuses in a sentence what is broken,
-and what the IR would drop in silence. Sparse constants become dense ones here, for the IR has none."""
+and what the IR would drop in silence. Sparse constants, which it lacks, are set aside here and put back after."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NoReturn, TypeVar
 
-import numpy as np
 import onnx
 import onnx.defs
-import onnx.numpy_helper
 import onnx_ir as ir
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
@@ -19,9 +17,7 @@ from .address import printable
 from .diagnosis import named
 from .errors import BadFile
 from .external import Bytes, DataFiles
-
-DENSE_LIMIT = 1 << 30
-"""Bytes that all sparse constants of a model may take once dense: a few bytes of file can ask for any amount."""
+from .sparse import SparseTensor, problem, stand_in
 
 MOST_DIMS = 32
 """What every numpy takes."""
@@ -57,20 +53,21 @@ _DIGITS = re.compile(r"[0-9]{1,19}")
 class Intake:
     """The walk over one model. After ``admit``:
 
-    ``external`` holds the bytes of each external tensor, by (location, offset, length in bytes);
-    ``labelled`` says whether a tensor has metadata of its own.
+    ``external`` holds the bytes of each external tensor, by (location, offset, length in bytes); ``sparse`` the sparse
+    tensors, each by the location of the external tensor that stands in for it, which no file can have;
+    ``labelled`` tells that a tensor has metadata of its own, ``annotated`` that there are quantization annotations.
     """
 
     def __init__(self, place: str, files: DataFiles) -> None:
         self.place = place
         self.files = files
         self.external: dict[tuple[str, int, int], Bytes] = {}
-        self.labelled = False
-        self._dense = 0
+        self.sparse: dict[str, SparseTensor] = {}
+        self.labelled = self.annotated = False
         self._ir_version = 0
 
     def admit(self, proto: ModelProto) -> None:
-        """Refuse, or make ready for ``onnx_ir``: sparse constants dense, the domain ``ai.onnx`` by its short name.
+        """Refuse, or make ready for ``onnx_ir``: sparse constants set aside, the domain ``ai.onnx`` by its short name.
 
         Raises ``BadFile``.
         """
@@ -160,12 +157,12 @@ class Intake:
         self._text([annotation.tensor_name for annotation in graph.quantization_annotation])
         self._text(_node_texts(graph.node))
         where = f"graph '{printable(graph.name)}'"
-        if graph.sparse_initializer:
-            for sparse in graph.sparse_initializer:
-                self._fill(graph.initializer.add(), sparse, sparse.values.name)
-            del graph.sparse_initializer[:]
         for tensor in graph.initializer:
             self._tensor(tensor)
+        if graph.sparse_initializer:
+            for sparse in graph.sparse_initializer:
+                self._set_aside(sparse, graph.initializer.add())
+            del graph.sparse_initializer[:]
         names = [tensor.name for tensor in graph.initializer]
         if not all(names):
             self._refuse(f": an initializer of {where} has no name, so nothing can use it; name or delete it")
@@ -180,14 +177,15 @@ class Intake:
         return self._nodes(graph.node)
 
     def _annotations(self, graph: GraphProto, where: str) -> None:
+        self.annotated = True
         names = [annotation.tensor_name for annotation in graph.quantization_annotation]
         # onnx_ir itself writes an annotation twice where an input or initializer is also an output.
         unlike = {annotation.SerializeToString(deterministic=True) for annotation in graph.quantization_annotation}
         if len(unlike) > len(set(names)):
             self._refuse(f": {where} has two unlike quantization annotations of one value")
         known = {value.name for value in (*graph.input, *graph.initializer)}
-        known.update(name for node in graph.node for name in (*node.input, *node.output))
-        for name in names:
+        known.update(name for node in graph.node for name in node.output)
+        for name in names:  # one of an outer graph would be lost
             if name not in known:
                 self._refuse(f": {where} annotates '{printable(name)}' (quantization_annotation), which it lacks")
 
@@ -224,7 +222,7 @@ class Intake:
         elif kind == AttributeProto.GRAPHS:
             return tuple(attribute.graphs)
         elif kind == AttributeProto.SPARSE_TENSOR and isinstance(owner, NodeProto) and owner.op_type == "Constant":
-            self._fill(attribute.t, attribute.sparse_tensor, attribute.sparse_tensor.values.name)
+            self._set_aside(attribute.sparse_tensor, attribute.t)
             attribute.ClearField("sparse_tensor")
             attribute.name, attribute.type = "value", AttributeProto.TENSOR
         else:
@@ -293,37 +291,27 @@ class Intake:
         location, offset = keys.get("location", ""), int(keys.get("offset", "0"))
         self.external[location, offset, size] = self.files.part(tensor.name, location, offset, size)
 
-    def _fill(self, dense: TensorProto, sparse: SparseTensorProto, name: str) -> None:
-        """Write ``sparse`` into ``dense``: values [nnz], indices int64 [nnz] (row-major) or [nnz, rank]."""
+    def _set_aside(self, sparse: SparseTensorProto, dense: TensorProto) -> None:
+        """Keep ``sparse``, and let ``dense`` stand in for it with its name, type and shape."""
+        name, dims, values, indices = sparse.values.name, sparse.dims, sparse.values, sparse.indices
         self._text((name,))
         where = f"sparse tensor '{printable(name)}'"
-        values, indices, dims = sparse.values, sparse.indices, list(sparse.dims)
-        count, size = self._extent(name, dims, values.data_type)
-        self._dense += max(size, count)  # elements are unpacked to a byte at least on the way
-        if self._dense > DENSE_LIMIT:
-            self._refuse(f": {where} would take {size} bytes dense, past the limit of {DENSE_LIMIT} for all together")
+        count, _ = self._extent(name, dims, values.data_type)
         if values.data_type == TensorProto.STRING or indices.data_type != TensorProto.INT64:
             self._refuse(f": {where} must have numbers for values and int64 indices")
         if TensorProto.EXTERNAL in (values.data_location, indices.data_location):
             self._refuse(f": {where} keeps its data in a file, which is not supported; make it dense")
         self._tensor(values)
         self._tensor(indices)
-        given, index = onnx.numpy_helper.to_array(values), onnx.numpy_helper.to_array(indices)
-        if given.ndim != 1 or index.shape not in ((len(given),), (len(given), len(dims))):
-            self._refuse(
-                f": {where} has values {list(values.dims)} and indices {list(indices.dims)}; expected [n] and [n] or "
-                f"[n, {len(dims)}]"
-            )
-        columns = index.T if index.ndim == 2 else index[None]
-        limits = dims if index.ndim == 2 else [count]
-        if any(len(c) and (c.min() < 0 or c.max() >= limit) for c, limit in zip(columns, limits, strict=True)):
-            self._refuse(f": {where} has an index outside its shape {dims}")
-        linear = np.ravel_multi_index(tuple(columns), tuple(limits)) if index.size else np.zeros(len(given), np.int64)
-        if len(np.unique(linear)) < len(linear):
-            self._refuse(f": {where} gives the same element twice")
-        array = np.zeros(count, given.dtype)
-        array[linear] = given
-        dense.CopyFrom(onnx.numpy_helper.from_array(array.reshape(dims), name))
+        if count >= 1 << 63:
+            self._refuse(f": {where} has the impossible shape {list(dims)}")
+        if reason := problem(sparse):
+            self._refuse(f": {where} {reason}")
+        location = stand_in(len(self.sparse))
+        self.sparse[location] = SparseTensor(sparse)
+        dense.name, dense.data_type, dense.data_location = name, values.data_type, TensorProto.EXTERNAL
+        dense.dims.extend(dims)
+        dense.external_data.add(key="location", value=location)
 
     def _unique(self, names: Sequence[str], what: str, owner: NodeProto | str) -> None:
         if len(set(names)) < len(names):
@@ -354,6 +342,8 @@ def _info_texts(infos: Iterable[onnx.ValueInfoProto]) -> list[str]:
     texts: list[str] = []
     for info in infos:
         texts += (info.name, info.doc_string)
+        if (tensor := info.type.tensor_type).HasField("shape") and not tensor.HasField("elem_type"):
+            tensor.elem_type = 0  # its default, UNDEFINED: a shape without a type would not be written
         if info.metadata_props:
             texts += _entries(info)
     return texts

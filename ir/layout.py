@@ -15,14 +15,20 @@ import onnx_ir as ir
 from .address import printable
 from .errors import BadFile
 from .external import MappedTensor
+from .ops import Kind
+from .sparse import SparseTensor
 from .tensors import Holder, is_external, tensors
+from .trace import Tracer
 
 INLINE_BELOW = 1 << 10
-"""Bytes. Smaller tensors stay in the model: ONNX Runtime wants shapes, axes and the like there."""
+"""Bytes. Smaller tensors stay in the model: a reference to a data file would take a tenth of that, and a read."""
 
-PAGE, PAGED_FROM, STEP = 64 << 10, 1 << 20, 64
-"""Bytes. Tensors of ``PAGED_FROM`` or more start at a multiple of ``PAGE``, which every system can map; it costs them a
-sixteenth at most. Others start at a multiple of ``STEP``, a cache line, so that any element type is aligned."""
+PAGE, STEP, WASTE = 64 << 10, 64, 16
+"""A tensor starts at a multiple of the largest power of two that is at most a ``WASTE``-th of its bytes, between
+``STEP`` (a cache line, so that any element type is aligned) and ``PAGE`` (which every system can map, as ONNX asks).
+
+So from 1 MiB on tensors lie at multiples of 64 KiB, from 64 KiB on at multiples of a 4 KiB page, and padding is less
+than a sixteenth of the tensors, whatever their sizes; where most bytes are in large tensors it is next to nothing."""
 
 PIECE = 128 << 10
 """Bytes digested and written in one go: small enough to stay in the core's own cache between the two."""
@@ -42,13 +48,14 @@ class Layout:
 
     ``slots`` are the data file in order, ``external`` the holders whose tensors are there (several may share a slot),
     ``streamed`` the main graph's initializers that are written into the model one by one, and ``returned`` those that
-    came from a data file and now go into the model.
+    came from a data file and now go into the model. ``sparse`` ones stay sparse, in the model.
     """
 
     slots: list[Slot] = field(default_factory=list)
     external: list[tuple[Holder, Slot]] = field(default_factory=list)
     streamed: list[tuple[Holder, ir.TensorProtocol]] = field(default_factory=list)
     returned: list[tuple[Holder, ir.TensorProtocol]] = field(default_factory=list)
+    sparse: list[tuple[Holder, SparseTensor]] = field(default_factory=list)
 
     @property
     def data_bytes(self) -> int:
@@ -59,9 +66,16 @@ class Layout:
 def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
     """Lay out a model. ``external``: whether there is a data file; None: if the model came with one, or its tensors
     take more than ``large`` bytes. Then it holds the initializers of ``INLINE_BELOW`` bytes or more; the tensors of
-    nodes stay in the model, unless they came from a data file or take more than ``large`` bytes together.
+    nodes stay in the model, unless they came from a data file or take more than ``large`` bytes together. Shapes, axes,
+    scales of Resize and the like stay in the model whatever their size.
     """
-    held = list(tensors(model))
+    layout = Layout()
+    held: list[tuple[Holder, ir.TensorProtocol]] = []
+    for holder, tensor in tensors(model):
+        if type(tensor) is SparseTensor:
+            layout.sparse.append((holder, tensor))
+        else:
+            held.append((holder, tensor))
     if external is None:
         external = (
             bool(model.meta.get("penjing.external"))
@@ -69,12 +83,13 @@ def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
             or sum(tensor.nbytes for _, tensor in held) > large
         )
     in_nodes = sum(tensor.nbytes for holder, tensor in held if holder.attribute)
-    layout = Layout()
+    tracer = Tracer(model)
     slots: dict[object, Slot] = {}
     for holder, tensor in held:
         came = is_external(tensor)
         small = tensor.nbytes < INLINE_BELOW or tensor.dtype == ir.DataType.STRING
-        if external and not small and (not holder.attribute or came or in_nodes > large):
+        movable = external and not small and (not holder.attribute or came or in_nodes > large)
+        if movable and not _is_setting(holder, tensor, tracer):
             key = _storage(tensor)
             if key not in slots:
                 slots[key] = Slot(tensor, _start(layout.data_bytes, tensor.nbytes))
@@ -162,6 +177,24 @@ def at(location: str, offset: int, holder: Holder, tensor: ir.TensorProtocol) ->
     )
 
 
+def _is_setting(holder: Holder, tensor: ir.TensorProtocol, tracer: Tracer) -> bool:
+    """Whether an operator takes its shape, axes, scales or the like from it, if only in a body or through a function.
+
+    Shape inference, of onnx and in ONNX Runtime, reads these from the model and refuses those of a data file. They are
+    lists or single numbers.
+    """
+    if tensor.shape.rank() > 1:
+        return False
+    if isinstance(holder.owner, ir.Value):
+        value = holder.owner
+    elif holder.owner.op_type == "Constant" and holder.owner.domain == "":
+        value = holder.owner.outputs[0]
+    else:
+        return False
+    uses, _ = tracer.uses(value, tensor)
+    return any(use.kind is Kind.SHAPE for use in uses)
+
+
 def _storage(tensor: ir.TensorProtocol) -> object:
     """What two holders must agree in to share bytes: the same tensor, or the same part of a mapped file."""
     if isinstance(tensor, MappedTensor):
@@ -170,7 +203,7 @@ def _storage(tensor: ir.TensorProtocol) -> object:
 
 
 def _start(end: int, size: int) -> int:
-    step = PAGE if size >= PAGED_FROM else STEP
+    step = min(PAGE, max(STEP, 1 << (size // WASTE).bit_length() - 1))
     return -(-end // step) * step
 
 

@@ -472,6 +472,7 @@ def _movements() -> Iterable[Operator]:
     yield _op("Unsqueeze", *_data("data"), *_shape("axes"), moves=True, integer=picks)
     yield _op("Concat", *_data("inputs"), variadic=True, moves=True, integer=Integer("QLinearConcat"))
     yield _op("Split", *_data("input"), *_shape("split"), moves=True, integer=picks)
+    yield _op("SplitToSequence", *_data("input"), *_shape("split"))
     yield _op("Slice", *_data("data"), *_shape("starts ends axes steps"), moves=True, integer=picks)
     yield _op("Expand", *_data("input"), *_shape("shape"), moves=True)
     yield _op("Tile", *_data("input"), *_shape("repeats"), moves=True)
@@ -484,7 +485,11 @@ def _movements() -> Iterable[Operator]:
     yield _op("GatherND", _port("data", Kind.TABLE), *_index("indices"), moves=True)
     yield _op("MaxPool", *_data("X"), integer=picks)
     yield _op("Pad", *_data("data"), *_shape("pads constant_value axes"))
+    yield _contrib("Pad", *_data("data"), *_shape("pads value"))
     yield _op("CenterCropPad", *_data("input_data"), *_shape("shape"))
+    yield _op("Col2Im", *_data("input"), *_shape("image_shape block_shape"))
+    yield _op("MaxUnpool", *_data("X"), *_index("I"), *_shape("output_shape"))
+    yield _op("AffineGrid", *_data("theta"), *_shape("size"))
     yield _op("Resize", *_data("X"), *_shape("roi scales sizes"), integer=picks)
     yield _op("Upsample", *_data("X"), *_shape("scales"))
     yield _op("Trilu", *_data("input"), *_shape("k"))
@@ -566,15 +571,16 @@ def _others() -> Iterable[Operator]:
         yield Operator(name, integer=Integer(f"QLinear{name}"))
     yield Operator("AveragePool", integer=Integer("QLinearAveragePool"))
     plain = """
-        AffineGrid ArgMax ArgMin BitCast BlackmanWindow Col2Im ConcatFromSequence Constant Det DynamicQuantizeLinear
+        ArgMax ArgMin BitCast BlackmanWindow ConcatFromSequence Constant Det DynamicQuantizeLinear
         EyeLike GlobalLpPool GlobalMaxPool GridSample HammingWindow HannWindow Hardmax ImageDecoder LRN LinearAttention
-        LogSoftmax LpNormalization LpPool MaxRoiPool MaxUnpool MeanVarianceNormalization MelWeightMatrix
+        LogSoftmax LpNormalization LpPool MaxRoiPool MeanVarianceNormalization MelWeightMatrix
         NegativeLogLikelihoodLoss NonZero Optional OptionalGetElement OptionalHasElement RegexFullMatch RoiAlign Scatter
         SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength Shape Size
-        SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSplit TfIdfVectorizer Unique
+        SoftmaxCrossEntropyLoss StringConcat StringNormalizer StringSplit TfIdfVectorizer Unique
     """
     yield from (Operator(name) for name in plain.split())
-    yield from (Operator(name, control=True) for name in ("If", "Loop", "Scan", "SequenceMap"))
+    yield from (Operator(name, control=True) for name in ("If", "Scan", "SequenceMap"))
+    yield replace(_op("Loop", *_shape("M cond"), *_data("v_initial"), variadic=True), control=True)
     random = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
     yield from (Operator(name, random=True) for name in random.split())
     random = "BiasDropout BitmaskBiasDropout BitmaskDropout Sampling"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .sparse import SparseTensor
 from .storage import BLOCK, Read, blocks, is_zero, reader
 
 Array = np.ndarray[Any, Any]
@@ -122,7 +123,9 @@ def count_zeros(tensor: ir.TensorProtocol, quantization: Quantization | None = N
     """How many elements stand for 0: equal to 0 (of either sign), or to the zero point."""
     if tensor.dtype is ir.DataType.STRING:
         return 0
-    if quantization is None:
+    if quantization is None or (isinstance(tensor, SparseTensor) and bool(is_zero(quantization.zero_point).all())):
+        if isinstance(tensor, SparseTensor):
+            return tensor.size - int(np.count_nonzero(~is_zero(tensor.values())))
         return sum(int(np.count_nonzero(is_zero(block))) for block in blocks(tensor))
     shape, total = tuple(tensor.shape.numpy()), 0
     for start, block in zip(range(0, tensor.size, BLOCK), blocks(tensor), strict=True):

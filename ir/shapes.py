@@ -16,6 +16,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
+from .apart import Gone, apart
 from .constants import constant_tensor
 from .scopes import Scope, scopes
 
@@ -52,18 +53,18 @@ def infer_shapes(model: ir.Model) -> Outcome:
     """
     outcome = Outcome()
     found = [scope for scope in scopes(model) if scope.function is None]
-    if all(_is_known(value) for scope in found for value in _outputs(scope.graph)):
+    if all(is_known(value) for scope in found for value in outputs(scope.graph)):
         return outcome
     try:
         answers = _infer(model, ())
-        pins = [v for scope in found for v in _outputs(scope.graph) if v.type and _is_better(v, answers.get(v))]
+        pins = [v for scope in found for v in outputs(scope.graph) if v.type and _is_better(v, answers.get(v))]
         if pins:  # what the file says and inference cannot see, so that it can go on from there
             answers = _infer(model, pins)
     except Exception as error:
         outcome.failure = str(error).strip().partition("\n")[0]
         return outcome
     for scope in found:
-        for value in _outputs(scope.graph):
+        for value in outputs(scope.graph):
             answer = answers.get(value)
             if answer is not None:
                 _refine(value, answer, scope, outcome)
@@ -108,11 +109,13 @@ def inferred(model: ir.Model) -> dict[ir.Value, Inferred]:
     return _infer(model, ())
 
 
-def _outputs(graph: ir.Graph) -> Iterator[ir.Value]:
+def outputs(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The outputs of nodes that are not left out."""
     return (value for node in graph for value in node.outputs if value.name != "")
 
 
-def _is_known(value: ir.Value) -> bool:
+def is_known(value: ir.Value) -> bool:
+    """Whether the type and every dimension of ``value`` are known, if only by name."""
     shape = value.shape
     if shape is None or value.type is None:
         return False
@@ -135,7 +138,7 @@ def _refine(value: ir.Value, found: Inferred, scope: Scope, outcome: Outcome) ->
     known = dims(value)
     if known == found.dims and value.type == found.type:
         return
-    if value.type is not None and value.type != found.type:
+    if value.type is not None and value.type != found.type and value.dtype != ir.DataType.UNDEFINED:
         outcome.conflicts.append(
             (scope.address(value), f"the file says its type is {value.type}, its operator makes {found.type}")
         )
@@ -183,12 +186,33 @@ def _text(sizes: Dims | None) -> str:
 
 
 def _infer(model: ir.Model, pins: Iterable[ir.Value], invented: bool = False) -> dict[ir.Value, Inferred]:
-    from onnx.shape_inference import infer_shapes as infer
-
     writer = _Writer(model)
-    answer: onnx.ModelProto = infer(writer.model(pins), data_prop=True)
+    answer = _asked(writer.model(pins), len(writer.numbers))
     names = None if invented else writer.names
     return dict(_read(answer.graph, writer, names)) | writer.constants
+
+
+def _asked(model: bytes, values: int) -> onnx.ModelProto:
+    """What ``onnx.shape_inference`` answers, with values of integers followed where that ends.
+
+    Following them it makes a list as long as any vector that is added, joined or cut: a vector of 2^62 elements, or
+    one of 2^30 weights, takes all memory. Without, the shapes that come from such values stay unknown.
+    """
+    import onnx.shape_inference  # here, for a process that ends cannot keep it
+
+    run = functools.partial(apart, given=model, seconds=20 + 1e-3 * values, room=(256 << 20) + 64 * len(model))
+    try:
+        answer = run(functools.partial(_native, True))
+    except Gone:
+        answer = run(functools.partial(_native, False))
+    proto = onnx.ModelProto()
+    proto.ParseFromString(answer)
+    return proto
+
+
+def _native(data_prop: bool, model: bytes) -> bytes:
+    answer: bytes = onnx.onnx_cpp2py_export.shape_inference.infer_shapes(model, False, False, data_prop)
+    return answer
 
 
 def _read(graph: onnx.GraphProto, writer: _Writer, names: set[str] | None) -> Iterator[tuple[ir.Value, Inferred]]:
@@ -364,8 +388,9 @@ def _type(sort: ir.TypeProtocol, shape: ir.Shape | None) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    if number < 128:
+    if 0 <= number < 128:
         return _BYTES[number]
+    number &= (1 << 64) - 1  # as negative numbers are written
     parts = bytearray()
     while number >= 128:
         parts.append(number & 127 | 128)

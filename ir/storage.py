@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from .external import MappedTensor
+from .sparse import SparseTensor
 
 BLOCK = 1 << 16  # elements; 256 KiB of float32 stay in a core's cache from one numpy call to the next
 DISTINCT_LIMIT = 1 << 16
+LARGE = 1 << 20  # bytes from which a tensor that a pass computes is better made anew at each reading than held
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[int, int], Array]  # flat elements [start, stop) in C order
@@ -74,6 +76,8 @@ def reader(tensor: ir.TensorProtocol) -> Read:
     """A function that reads parts of ``tensor`` in its numpy (ml_dtypes) type; for one sweep, not to be kept."""
     if isinstance(tensor, StreamedTensor):
         return tensor.open()
+    if isinstance(tensor, SparseTensor):
+        return tensor.reader()
     packed = _packed_bytes(tensor)
     if packed is not None:
         return _unpacker(packed, tensor.dtype)
@@ -136,6 +140,8 @@ class ValueCounts:
         size = self._slot_counts.size
         if self.bits.itemsize <= 2:
             self._slot_counts += np.bincount(patterns, minlength=size)
+        elif patterns.size and (patterns == patterns[0]).all():  # what nobody has written to, or pruned away
+            self._add_same(patterns)
         else:
             slots = self._hash(patterns)
             found = (self._slots[slots] == patterns) & self._used[slots]
@@ -143,6 +149,13 @@ class ValueCounts:
             if not found.all():
                 self._add_new(*np.unique(patterns[~found], return_counts=True))
         return len(self) <= self.limit
+
+    def _add_same(self, patterns: Array) -> None:
+        slot = self._hash(patterns[:1])[0]
+        if self._used[slot] and self._slots[slot] == patterns[0]:
+            self._slot_counts[slot] += patterns.size
+        else:
+            self._add_new(patterns[:1], np.array([patterns.size]))
 
     def _add_new(self, patterns: Array, counts: Array) -> None:
         slots = self._hash(patterns)
@@ -181,8 +194,24 @@ def value_counts(tensor: ir.TensorProtocol, limit: int = DISTINCT_LIMIT) -> tupl
     dtype = np.dtype(tensor.dtype.numpy())
     if dtype.itemsize > 8 or dtype.kind == "O":
         return None
+    if isinstance(tensor, SparseTensor):
+        return _sparse_counts(tensor, limit)
     counts = ValueCounts(dtype, limit)
     return counts.values() if all(counts.add(block) for block in blocks(tensor)) else None
+
+
+def _sparse_counts(tensor: SparseTensor, limit: int) -> tuple[Array, Array] | None:
+    """From the stored elements; the others are zero bits, which come first."""
+    stored = tensor.values()
+    found = value_counts(ir.Tensor(stored, dtype=tensor.dtype), limit)
+    if found is None or stored.size == tensor.size:
+        return found
+    values, counts = found
+    if not values.size or values[:1].tobytes().strip(b"\0"):
+        values = np.append(np.zeros(1, values.dtype), values)
+        counts = np.append(np.zeros(1, np.int64), counts)
+    counts[0] += tensor.size - stored.size
+    return (values, counts) if len(values) <= limit else None
 
 
 def distinct(tensor: ir.TensorProtocol, limit: int = DISTINCT_LIMIT) -> int | None:
@@ -218,7 +247,12 @@ def entropy_bytes(tensor: ir.TensorProtocol, zeros: int) -> int:
     ``zeros`` are the elements that carry nothing: those equal to zero, or to the zero point. The bounds look at
     elements one by one, so a compressor that finds repeats may do better.
     """
-    bits, size = tensor.dtype.bitwidth, tensor.size
-    best = min(int(tensor.nbytes), mask_bytes(size, zeros, bits))
     found = value_counts(tensor)
-    return best if found is None else min(best, value_bytes(found[1], bits))
+    return least_bytes(tensor, zeros, None if found is None else found[1])
+
+
+def least_bytes(tensor: ir.TensorProtocol, zeros: int, counts: Array | None) -> int:
+    """``entropy_bytes`` where the counts of its values are known already, or known to be too many (None)."""
+    bits = tensor.dtype.bitwidth
+    best = min(int(tensor.nbytes), mask_bytes(tensor.size, zeros, bits))
+    return best if counts is None else min(best, value_bytes(counts, bits))

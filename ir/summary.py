@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx_ir as ir
 
 from .address import bodies, graphs, printable
 from .files import saved_bytes
-from .storage import DISTINCT_LIMIT, entropy_bytes
+from .storage import DISTINCT_LIMIT, least_bytes, value_counts
 from .text import dtype_text, type_text
 from .weights import Weight, weights
 
@@ -128,20 +129,23 @@ class Summary:
         return {"schema": 1} | found
 
 
-def figures(model: ir.Model, constants: list[Weight] | None = None, size: int | None = None) -> Figures:
+def figures(model: ir.Model, size: int | None = None) -> Figures:
     """The numbers of ``model``, in one pass over its weights; ``size`` in bytes is what saving gives if not said."""
-    constants = weights(model) if constants is None else constants
+    return _figures(model, weights(model), Weight.zeros, saved_bytes(model) if size is None else size)
+
+
+def _figures(model: ir.Model, constants: list[Weight], zeros_of: Callable[[Weight], int], size: int) -> Figures:
     matrices, floats = ([0, 0], [0, 0])
     for weight in constants:
         is_float, prunable = weight.dtype in FLOATS, weight.prunable
         if is_float or prunable:
-            zeros = weight.zeros()
+            zeros = zeros_of(weight)
             for counts, counted in ((matrices, prunable), (floats, is_float)):
                 counts[0] += weight.size * counted
                 counts[1] += zeros * counted
     every = [graph for _, graph in graphs(model)]
     return Figures(
-        saved_bytes(model) if size is None else size,
+        size,
         sum(map(len, every)),
         sum(len(graph.initializers) for graph in every),
         *matrices,
@@ -152,6 +156,7 @@ def figures(model: ir.Model, constants: list[Weight] | None = None, size: int | 
 def summarize(model: ir.Model, size: int | None = None) -> Summary:
     """Everything about ``model`` that can be told without running it; ``size`` as in ``figures``."""
     constants = weights(model)
+    read = {weight: _Contents.of(weight) for weight in constants}
     nodes = [node for _, graph in graphs(model) for node in graph]
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     return Summary(
@@ -166,16 +171,38 @@ def summarize(model: ir.Model, size: int | None = None) -> Summary:
         bodies=sum(1 for node in nodes for _ in bodies(node)),
         functions=[f"{function.domain}::{function.name}" for function in model.functions.values()],
         metadata=dict(model.metadata_props),
-        figures=figures(model, constants, size),
+        figures=_figures(
+            model, constants, lambda weight: read[weight].zeros, saved_bytes(model) if size is None else size
+        ),
         by_place=_by_place(constants),
-        weights=[_summary(weight) for weight in constants if weight.size > 1],
+        weights=[_summary(weight, read[weight]) for weight in constants if weight.size > 1],
     )
 
 
-def _summary(weight: Weight) -> WeightSummary:
+@dataclass(frozen=True)
+class _Contents:
+    """What reading a weight tells: in one sweep where its values are few, else in little more."""
+
+    zeros: int
+    distinct: int | None
+    least_bytes: int
+
+    @classmethod
+    def of(cls, weight: Weight) -> _Contents:
+        if weight.dtype is ir.DataType.STRING:
+            return cls(0, None, weight.nbytes)
+        tensor, zero = weight.tensor, weight.zero
+        found = value_counts(tensor)
+        if found is None:
+            zeros = weight.zeros()
+            return cls(zeros, None, min(weight.nbytes, least_bytes(tensor, zeros, None)))
+        values, counts = found
+        zeros = int(counts[values == zero.reshape(())].sum()) if zero.size == 1 else weight.zeros()
+        return cls(zeros, len(values), min(weight.nbytes, least_bytes(tensor, zeros, counts)))
+
+
+def _summary(weight: Weight, read: _Contents) -> WeightSummary:
     users = Counter(use.node.op_type for use in weight.uses)
-    numeric = weight.dtype is not ir.DataType.STRING
-    zeros = weight.zeros() if numeric else 0
     return WeightSummary(
         address=weight.address,
         type=type_text(ir.TensorType(weight.dtype), ir.Shape(weight.shape)),
@@ -183,10 +210,10 @@ def _summary(weight: Weight) -> WeightSummary:
         used_by=", ".join(f"{name} x{count}" if count > 1 else name for name, count in users.items()),
         prunable=weight.prunable,
         elements=weight.size,
-        zeros=zeros,
-        distinct=weight.distinct() if numeric else None,
+        zeros=read.zeros,
+        distinct=read.distinct,
         bytes=weight.nbytes,
-        entropy_bytes=entropy_bytes(weight.tensor, zeros) if numeric else weight.nbytes,
+        entropy_bytes=read.least_bytes,
     )
 
 

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from .address import graphs
+from .interrupts import uninterrupted
 
 
 class StoredTensor(ir.TensorProtoTensor):
@@ -88,13 +89,17 @@ def _is_external(kind: type) -> bool:
 
 @contextlib.contextmanager
 def standing_in(pairs: Iterable[tuple[Holder, ir.TensorProtocol]]) -> Iterator[None]:
-    """Let other tensors take the holders' places for the length of the block; the very same objects come back after."""
+    """Let other tensors take the holders' places for the length of the block; the very same objects come back after.
+
+    The block is short: an interrupt waits for its end.
+    """
     undo: list[Callable[[], None]] = []
-    try:
-        for holder, tensor in pairs:
-            undo.append(holder.restorer())
-            holder.put(tensor)
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()
+    with uninterrupted():
+        try:
+            for holder, tensor in pairs:
+                undo.append(holder.restorer())
+                holder.put(tensor)
+            yield
+        finally:
+            for restore in reversed(undo):
+                restore()

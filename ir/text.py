@@ -19,6 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from .address import bodies, function_prefix, printable
+from .maps import MapType
+from .references import ANNOTATION
+from .sparse import SparseTensor
 
 FEW = 8  # elements of a tensor shown by value
 MANY = 64  # elements above which the list of an attribute is cut
@@ -61,6 +64,8 @@ def type_text(type: ir.TypeProtocol | None, shape: ir.ShapeProtocol | None) -> s
         return f"sequence({type_text(type.elem_type, shape)})"
     if isinstance(type, ir.OptionalType):
         return f"optional({type_text(type.elem_type, shape)})"
+    if isinstance(type, MapType):
+        return f"map({dtype_text(type.key)}, {type_text(type.elem_type, shape)})"
     if isinstance(type, ir.SparseTensorType):
         return f"sparse({type_text(ir.TensorType(type.dtype), shape)})"
     word = dtype_text(type.dtype) if type is not None else "?"
@@ -68,7 +73,12 @@ def type_text(type: ir.TypeProtocol | None, shape: ir.ShapeProtocol | None) -> s
 
 
 def tensor_text(tensor: ir.TensorProtocol, *, digests: bool = False) -> str:
-    """A tensor's content: up to 8 elements by value, up to 1 MiB by digest (blake2b), above by provenance."""
+    """A tensor's content: up to 8 elements by value, up to 1 MiB by digest (blake2b), above by provenance.
+
+    Of a sparse one the stored elements: ``sparse {0: 1.5, 7: 2.0}`` has their places in the flat tensor.
+    """
+    if isinstance(tensor, SparseTensor):
+        return _sparse(tensor, digests)
     if digests:
         return "#" + _digest(tensor, 32)
     if tensor.size <= FEW:
@@ -99,6 +109,8 @@ class _Writer:
         for word, content in fields.items():
             if content:
                 yield f"  {word} {_note(content)}"
+        for configuration in model.device_configurations:
+            yield f"  devices {_devices(configuration)}"
         for key, content in sorted(model.metadata_props.items()):
             yield f"  metadata {_quoted(key)} = {_note(content)}"
         yield self.graph("graph ", model.graph, "")
@@ -125,7 +137,7 @@ class _Writer:
         for value in graph.inputs:
             if notes := _notes(value):
                 yield f"{indent}{_value(value)}:{notes}"
-        for value in graph.initializers.values():
+        for value in sorted(graph.initializers.values(), key=_is_sparse):  # ONNX keeps sparse ones apart
             if (tensor := value.const_value) is None:
                 yield f"{indent}{_value(value)}: {type_text(value.type, value.shape)} = nothing"
             else:
@@ -153,7 +165,8 @@ class _Writer:
             if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         )
         name = f"  # {printable(node.name)}" if node.name else ""
-        return f"{results or '_'} = {operator}({inputs}){f' {{{attributes}}}' * bool(attributes)}{name}{_notes(node)}"
+        notes = "".join(f" on {_devices(item)}" for item in node.device_configurations) + _notes(node)
+        return f"{results or '_'} = {operator}({inputs}){f' {{{attributes}}}' * bool(attributes)}{name}{notes}"
 
     def attribute(self, attribute: ir.Attr) -> str:
         if attribute.is_ref():
@@ -174,6 +187,10 @@ class _Writer:
     def tensor(self, tensor: ir.TensorProtocol, between: str) -> str:
         content = tensor_text(tensor, digests=self.digests)
         return f"{type_text(ir.TensorType(tensor.dtype), tensor.shape)}{between}{content}"
+
+
+def _is_sparse(value: ir.Value) -> bool:
+    return type(value.const_value) is SparseTensor
 
 
 def _flatten(lines: _Lines) -> Iterator[str]:
@@ -231,6 +248,18 @@ def _element(element: object) -> str:
     return repr(element) if isinstance(element, str) else str(element)
 
 
+def _sparse(tensor: SparseTensor, digests: bool) -> str:
+    if tensor.count <= FEW and not digests:
+        shown = (f"{place}: {_element(element)}" for place, element in zip(*tensor.entries(), strict=True))
+        return f"sparse {{{', '.join(shown)}}}"
+    if not digests and tensor.stored_bytes > LARGE:
+        return f"sparse, {tensor.count} stored"
+    places, values = tensor.entries()
+    digest = blake2b(places.tobytes(), digest_size=32 if digests else 6)
+    digest.update(values.tobytes())
+    return f"sparse, {tensor.count} stored #{digest.hexdigest()}"
+
+
 def _digest(tensor: ir.TensorProtocol, size: int) -> str:
     """blake2b of the tensor's bytes as ONNX stores them; of a string tensor, of each string after its length."""
     digest = blake2b(digest_size=size)
@@ -264,14 +293,29 @@ def _note(content: str | bytes) -> str:
 
 
 def _notes(thing: ir.Graph | ir.Node | ir.Value) -> str:
-    """Doc string and metadata, where present, short enough to stay on the line."""
+    """Doc string, metadata and quantization annotation, where present, short enough to stay on the line."""
     notes = f" doc {_note(thing.doc_string)}" if thing.doc_string else ""
     if metadata := thing.metadata_props:
         content = ", ".join(f"{_quoted(key)}={value!r}" for key, value in sorted(metadata.items()))
         if len(content) > LONG:
             content = f"{len(metadata)}: #{_hash(content)}"
         notes += f" meta {{{content}}}"
+    if isinstance(thing, ir.Value) and (names := thing.meta.get(ANNOTATION)):
+        notes += f" quantized {{{', '.join(f'{_quoted(role)}=%{_quoted(names[role])}' for role in sorted(names))}}}"
     return notes
+
+
+def _devices(configuration: ir.ModelConfiguration | ir.NodeDeviceConfiguration) -> str:
+    """A group of devices, or where a node runs in one and how its values are split, in brief."""
+    if isinstance(configuration, ir.ModelConfiguration):
+        names = f" {_list(configuration.device_names, _quoted)}" * bool(configuration.device_names)
+        return f"{_quoted(configuration.name)}: {configuration.num_devices}{names}"
+    name = configuration.configuration.name if configuration.configuration is not None else ""
+    shown = [] if configuration.pipeline_stage is None else [f"stage {configuration.pipeline_stage}"]
+    for spec in configuration.sharding_specs:
+        rest = repr((spec.device, spec.index_to_device_group_map, spec.sharded_dims))
+        shown.append(f"{_value(spec.value)} #{_hash(rest)}")
+    return _quoted(name) + f" {{{', '.join(shown)}}}" * bool(shown)
 
 
 def _span(start: int, end: int) -> str:

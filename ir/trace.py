@@ -16,9 +16,11 @@ from .address import bodies, graphs
 from .constants import constant_tensor
 from .ops import Kind, Port, operator
 from .quantization import Quantization, placed
+from .sparse import SparseTensor
 
 Array = np.ndarray[Any, Any]
 
+_VAST = 16 << 20  # bytes
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _KEEPING = {"Identity", "Cast", "CastLike", "QuantizeLinear"}
 Call = tuple[ir.Node, ir.Graph]  # a node that calls a function, and the function's graph
@@ -290,7 +292,8 @@ class Tracer:
 
 
 def constant(value: ir.Value | None, calls: Sequence[Call] = ()) -> Array | None:
-    """The array of a value that is constant, through Identity; None where it is not, or may be overridden.
+    """The array of a value that is constant, through Identity; None where it is not, or may be overridden, or is sparse
+    and over 16 MiB once dense.
 
     ``calls`` are the calls under way, outermost first: an input of the innermost function is its call's argument.
     """
@@ -307,7 +310,8 @@ def constant(value: ir.Value | None, calls: Sequence[Call] = ()) -> Array | None
             value = node.inputs[0]
         else:
             tensor = constant_tensor(value)
-            return None if tensor is None else tensor.numpy()
+            vast = isinstance(tensor, SparseTensor) and tensor.nbytes > _VAST
+            return None if tensor is None or vast else tensor.numpy()
     return None
 
 

@@ -8,15 +8,18 @@ import onnx_ir as ir
 
 from .address import bodies
 from .edit import drop
+from .references import is_named, leave
 
 
 def take_out(node: ir.Node) -> list[ir.Value]:
-    """Drop a node; returns the values that it used, and those of outer graphs that its bodies used.
+    """Drop a node; returns the values that it used, and those of outer graphs that its bodies used, or that the
+    quantization annotations of its outputs named.
 
     Raises ``ValueError`` where an output of it is still used.
     """
     freed = [value for value in node.inputs if value is not None]
     freed += [value for _, body in bodies(node) for value in _used(body) if value.graph is not body]
+    freed += [named for value in node.outputs for named in leave(value, node.graph)]
     drop(node)
     return freed
 
@@ -41,12 +44,13 @@ def discard(values: Iterable[ir.Value | None]) -> tuple[list[ir.Node], list[ir.V
         elif value.is_initializer() and not value.is_graph_input() and is_idle(value):
             del graph.initializers[value.name or ""]
             initializers.append(value)
+            waiting += leave(value, graph)
     return nodes, initializers
 
 
 def is_idle(value: ir.Value) -> bool:
-    """Whether no node uses ``value`` and it is no output of a graph."""
-    return not value.is_graph_output() and not value.uses()
+    """Whether no node uses ``value``, no quantization annotation names it, and it is no output of a graph."""
+    return not value.is_graph_output() and not value.uses() and not is_named(value)
 
 
 def _used(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from .address import function_prefix, graphs, inner, printable
 from .errors import InvalidModel
+from .schemas import form, misfit
 
 Identifier = tuple[str, str, str]
 _GRAPH_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -80,7 +81,8 @@ class _Walk:
 
     def graph(self, prefix: str, graph: ir.Graph, imports: Mapping[str, int], function: ir.Function | None) -> None:
         """Walks a graph and the bodies in it, on a stack of its own since bodies nest to any depth."""
-        domains = {"" if domain == "ai.onnx" else domain for domain in imports}
+        versions = {"" if domain == "ai.onnx" else domain: version for domain, version in imports.items()}
+        domains = set(versions)
         functions = self.model.functions
         calls = self.calls.setdefault(function.identifier(), {}) if function else {}
         defined, seen, used, stack = self.defined, self.nodes, self.inputs, self.stack
@@ -108,6 +110,10 @@ class _Walk:
                 if functions and (callee := functions.get(node.op_identifier())) is not None:
                     calls[node.op_identifier()] = None
                     self.call(scope, node, callee)
+                elif (schema := form(node.domain, node.op_type, versions.get(node.domain, 0))) and (
+                    found := misfit(node, schema)
+                ):
+                    self.report(scope.prefix + _name(node), f"{found}.")
                 if node.attributes.data and (held := self.attributes(scope, node, function)):
                     scope.holder = node
                     stack += reversed(held)

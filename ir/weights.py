@@ -21,6 +21,7 @@ import onnx_ir as ir
 from .address import graphs
 from .ops import Kind
 from .quantization import NARROW, Quantization, count_zeros, magnitude_reader
+from .sparse import SparseTensor, stored_bytes
 from .storage import Array, MadeTensor, Read, distinct, entropy_bytes
 from .trace import Tracer, Use, constant
 
@@ -76,7 +77,8 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        return int(self.tensor.nbytes)
+        """Bytes in the file; of a sparse one, of what it stores."""
+        return stored_bytes(self.tensor)
 
     @property
     def tied(self) -> bool:
@@ -113,6 +115,8 @@ class Weight:
             return f"not a weight of a layer: {self.kind}"
         if len(self.shape) < 2:
             return "a vector, not a matrix"
+        if isinstance(self.tensor, SparseTensor):
+            return "stored sparse, and would be dense once changed"
         if not self.numeric:
             return "integers without one constant scale, so magnitudes are unknown"
         return None
@@ -196,8 +200,8 @@ class Weight:
 def weights(model: ir.Model) -> list[Weight]:
     """Every constant of ``model``, in order of definition: graph by graph, initializers, then Constant nodes.
 
-    Constants that share one storage are one weight. Sparse tensors, and constants that a function takes from its
-    caller's attributes, are not among them.
+    Constants that share one storage are one weight. Sparse ones are among them, but not prunable. Not among them are
+    those that a function takes from its caller's attributes.
     """
     tracer = Tracer(model)
     found: dict[object, Weight] = {}

@@ -35,7 +35,10 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """The pipeline that ``text`` says; raises ``UsageError`` for words it does not know or cannot read."""
-        return cls(tuple(_Reader(text).pipeline()))
+        try:
+            return cls(tuple(_Reader(text).pipeline()))
+        except RecursionError:
+            raise UsageError("The pipeline text nests lists in lists too deeply.") from None
 
     @classmethod
     def of(cls, steps: Steps) -> Pipeline:

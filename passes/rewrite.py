@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..ir.constants import Array, constant_node
 from ..ir.edit import Names
 from ..ir.errors import PenjingError
 from ..ir.match import Declined, Match, Rule, attribute, decline
+from ..ir.references import inherit, is_named, replace_all_uses
 from ..ir.scopes import Scope, scopes
 from ..ir.unused import discard, take_out
 from .base import Context
@@ -75,26 +77,33 @@ class Tape:
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
-    def constant(self, array: Array, stem: str = "", *, instead_of: ir.Value | None = None) -> ir.Value:
-        """A constant of the array's dtype and shape, under a free name that begins with ``stem``.
+    def constant(
+        self, content: Array | ir.TensorProtocol, stem: str = "", *, instead_of: ir.Value | None = None
+    ) -> ir.Value:
+        """A constant of the dtype and shape of an array or tensor, under a free name that begins with ``stem``.
+
+        A tensor takes that name too.
 
         It takes the name of the constant ``instead_of`` where nothing uses that one after the rewrite.
         """
         if instead_of is not None:
             stem = instead_of.name or stem
         name = self._names().fresh(stem or f"{self.root.name or self.root.op_type}_constant")
-        value = self._constant(array, name)
+        tensor = ir.Tensor(content, name=name) if isinstance(content, np.ndarray | np.generic) else content
+        tensor.name = name
+        value = self._constant(tensor, name)
         if instead_of is not None:
             self.heirs.append((value, instead_of))
         return value
 
-    def _constant(self, array: Array, name: str) -> ir.Value:
-        tensor = ir.Tensor(array, name=name)
+    def _constant(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         if self.scope.function is not None:
             value, node = constant_node(tensor, name)
             self.nodes.append(node)
             return value
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         self.constants.append(value)
         return value
 
@@ -166,6 +175,7 @@ class _Rewriter:
                 try:
                     found = item.function(tape, **match.names)
                     if found is not None:
+                        _check_devices(match.nodes)
                         self.apply(item, tape, match, found if isinstance(found, tuple) else (found,))
                         return True
                 except Declined as reason:
@@ -263,6 +273,9 @@ def _check_outputs(pairs: list[tuple[ir.Value, ir.Value | None]], tape: Tape) ->
             if old.is_graph_output() or old.uses():
                 decline("an output that is used has no replacement")
             continue
+        lost = value if old.is_graph_output() else None if value.producer() in tape.nodes else old
+        if lost is not None and is_named(lost):
+            decline("a quantization annotation names a value that would be gone")
         if not old.is_graph_output():
             continue
         if value.is_graph_output() or value in taken:
@@ -272,6 +285,12 @@ def _check_outputs(pairs: list[tuple[ir.Value, ir.Value | None]], tape: Tape) ->
         if value.producer() not in tape.nodes and value.graph is not tape.scope.graph:
             decline("an output would be a value of an outer graph")
         taken.add(value)
+
+
+def _check_devices(nodes: Iterable[ir.Node]) -> None:
+    """Decline where a node says on which devices it runs: there is no telling where what replaces it should."""
+    if any(node.device_configurations for node in nodes):
+        decline("it is assigned to devices")
 
 
 def _is_there(value: ir.Value) -> bool:
@@ -295,10 +314,10 @@ def _move(old: ir.Value, value: ir.Value, new: bool) -> bool:
         value.doc_string = value.doc_string or old.doc_string
     elif value.shape is None:
         value.shape = old.shape
+    inherit(old, value)
     if old.is_graph_output() and graph is not None:
         for place, output in enumerate(graph.outputs):
             if output is old:
                 graph.outputs[place] = value
-    for node, index in old.uses():
-        node.replace_input_with(index, value)
+    replace_all_uses(old, value)
     return known != (value.type, value.shape)

@@ -282,7 +282,10 @@ class _Sums:
 
 
 def _leaves(outputs: Mapping[Any, Any]) -> Iterator[tuple[str, Array | None]]:
-    """Arrays with their paths: ``out``, ``out[0]`` in a sequence, ``out['a']`` in a map; ``None`` for what is empty."""
+    """Arrays with their paths: ``out``, ``out[0]`` in a sequence, ``out['a']`` in a map; ``None`` for what is empty.
+
+    A sequence of maps from the same keys to numbers, as ZipMap makes of a batch, is one array a key: ``out[*]['a']``.
+    """
     for name, value in outputs.items():
         yield from _nested(str(name), value)
 
@@ -291,11 +294,21 @@ def _nested(path: str, value: Any) -> Iterator[tuple[str, Array | None]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _nested(f"{path}[{key!r}]", item)
+    elif isinstance(value, list | tuple) and _is_table(value):
+        for key in value[0]:
+            yield f"{path}[*][{key!r}]", np.asarray([row[key] for row in value])
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
             yield from _nested(f"{path}[{place}]", item)
     else:
         yield path, None if value is None else np.asarray(value)
+
+
+def _is_table(rows: list[Any] | tuple[Any, ...]) -> bool:
+    return len(rows) > 1 and all(
+        isinstance(row, Mapping) and row.keys() == rows[0].keys() and all(map(np.isscalar, row.values()))
+        for row in rows
+    )
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

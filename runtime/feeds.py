@@ -170,14 +170,14 @@ def _called(function: Callable[[], Iterable[Mapping[str, Any]]], name: str, inpu
     def walk() -> Iterator[Feed]:
         try:
             made = iter(function())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BadFeeds(f"{name} raised {one_line(error)}") from error
         for number in itertools.count():
             try:
                 feed = next(made)
             except StopIteration:
                 return
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise BadFeeds(f"{name} raised {one_line(error)} (after {number} runs)") from error
             if not isinstance(feed, Mapping):
                 raise BadFeeds(f"{name} gave {type(feed).__name__}; it must yield dicts, one array for each input.")

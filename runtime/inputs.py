@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.errors import BadFeeds, nearest
+from ..ir.maps import has_map, held_type
 from ..passes.base import Array
 
-Feed = dict[str, Any]  # arrays by input name; lists for sequences, None for empty optionals
+Feed = dict[str, Any]  # arrays by input name; lists for sequences, dicts for maps, None for empty optionals
 
 BATCH = 64  # samples a run, where the model leaves the batch open
 
@@ -34,12 +35,17 @@ class Input:
     @property
     def dtype(self) -> ir.DataType | None:
         """The element type, or ``None`` for maps and sparse tensors."""
-        dtype = getattr(self.type, "dtype", None)
-        return dtype if isinstance(dtype, ir.DataType) and not isinstance(self.type, ir.SparseTensorType) else None
+        form = held_type(self.type)
+        return form.dtype if isinstance(form, ir.TensorType) and not self.mapped else None
 
     @property
     def optional(self) -> bool:
         return isinstance(self.type, ir.OptionalType)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it is a map, or a sequence or optional of one."""
+        return has_map(self.type)
 
     @property
     def sequence(self) -> bool:
@@ -52,8 +58,10 @@ class Input:
         return [f"{self.name}.{axis}" if dim is None else dim for axis, dim in enumerate(dims)]
 
     def __str__(self) -> str:
-        shape = "" if self.dims is None else " " + _shape("?" if dim is None else dim for dim in self.dims)
-        dtype = dtype_name(self.dtype) if self.dtype else "of an unknown type"
+        shape = (
+            "" if self.dims is None or self.mapped else " " + _shape("?" if dim is None else dim for dim in self.dims)
+        )
+        dtype = dtype_name(self.dtype) if self.dtype else "map" if self.mapped else "of an unknown type"
         return f"'{self.name}' ({'sequence of ' if self.sequence else ''}{dtype}{shape})"
 
 
@@ -84,11 +92,22 @@ def fit(value: Any, wanted: Input, place: str, batch: bool = False) -> Any:
     """``value`` as a session takes it. ``batch``: its first axis counts samples, whatever the model's dimension."""
     if value is None and wanted.optional:
         return None
+    if wanted.mapped:
+        return _fit_map(value, wanted, place)
     if wanted.sequence:
         if not isinstance(value, list | tuple):
             raise BadFeeds(f"{place}: {wanted} takes a list of arrays, one list a run; a function can yield it.")
         return [_fit_array(np.asarray(item), wanted, None, place, False) for item in value]
     return _fit_array(np.asarray(value), wanted, wanted.dims, place, batch)
+
+
+def _fit_map(value: Any, wanted: Input, place: str) -> Any:
+    items = value if wanted.sequence and isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, Mapping) for item in items) or (wanted.sequence and items is not value):
+        takes = "a list of dicts" if wanted.sequence else "a dict"
+        raise BadFeeds(f"{place}: {wanted} takes {takes} a run; a function can yield it.")
+    found = [dict(item) for item in items]
+    return found if wanted.sequence else found[0]
 
 
 def _fit_array(

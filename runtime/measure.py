@@ -27,6 +27,7 @@ from ..ir.files import disk_bytes
 from ..passes.base import Array
 from .draws import feeds_for
 from .session import DoesNotRun, bare_run, load, open_session, run_feed, version
+from .sizes import too_large
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -155,8 +156,11 @@ def latency(
     before: str | os.PathLike[str], after: ir.Model | str | os.PathLike[str], data: Any = None, *, seconds: float = 1.0
 ) -> dict[str, float]:
     """``before_ms`` and ``after_ms``, median wall milliseconds a run of two models, interleaved."""
-    runs = _first(feeds_for(load(before), data))
-    clocks = interleave([open_session(before), open_session(after)], runs, seconds=2 * seconds)
+    model = load(before)
+    if reason := too_large(model):
+        raise DoesNotRun(reason)
+    runs = _first(feeds_for(model, data))
+    clocks = interleave([open_session(model), open_session(after)], runs, seconds=2 * seconds)
     middle = 1e3 * np.median(clocks.wall, axis=1)
     return {"before_ms": float(middle[0]), "after_ms": float(middle[1])}
 
@@ -253,6 +257,9 @@ def _peak(path: str, runs: Sequence[Feed], threads: int) -> int | None:
             return meter.peak_bytes if done == 0 else None
         except BrokenPipeError:
             return None
+        except BaseException:
+            child.kill()  # an interrupt need not reach it
+            raise
 
 
 def _serve() -> None:

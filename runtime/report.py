@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..ir.atomic import replace_file
 from ..ir.summary import Figures
 from ..passes.instruments import Step
 from ..passes.ledger import Ledger
@@ -128,8 +129,8 @@ class Report:
         return found
 
     def write(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON, all of it or nothing. Raises ``BadFile``."""
+        replace_file(path, (json.dumps(self.as_json(), indent=2) + "\n").encode())
 
 
 def versions() -> dict[str, str]:

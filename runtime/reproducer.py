@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import PenjingError, UsageError
 from ..ir.files import load, save
+from ..ir.interrupts import uninterrupted
 from ..passes.pipeline import Pipeline
 from ..passes.registry import find
 from .feeds import write_data_set
@@ -56,9 +58,36 @@ def write_reproducer(
     metric: Callable[[Any], float] | str | None,
     strict: bool,
 ) -> None:
-    """Write what shows ``breach`` again into ``folder``, in place of an older reproducer of the same name."""
+    """Write what shows ``breach`` again into ``folder``, whole, in place of an older reproducer of the same name."""
     folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
+    try:
+        _write(partial, breach, report, bounds, metric, strict)
+        with uninterrupted():
+            remove_reproducer(folder)
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_reproducer(folder: str | os.PathLike[str]) -> None:
+    """Remove the reproducer ``folder``, if it is one, and what a killed process left of another."""
+    folder = Path(folder)
+    partial = re.compile(re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial")
+    left = [path for path in folder.parent.iterdir() if partial.fullmatch(path.name)]
+    for path in [folder, *left] if (folder / "run.json").exists() else left:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    breach: Breach,
+    report: Report,
+    bounds: Mapping[str, float | None],
+    metric: Callable[[Any], float] | str | None,
+    strict: bool,
+) -> None:
     (folder / "feeds").mkdir(parents=True)
     save(breach.before, folder / "model.onnx")
     room = MOST_FEED_BYTES

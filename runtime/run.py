@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ..ir.edit import become
 from ..ir.errors import InvalidModel, PenjingError, UsageError
 from ..ir.files import load
+from ..ir.interrupts import uninterrupted
 from ..ir.summary import figures
 from ..passes.base import Context, Feeds
 from ..passes.instruments import Instrument, Step
@@ -29,6 +30,7 @@ from .progress import Progress
 from .report import CheckReport, MetricReport, Mode, PassReport, Report
 from .reproducer import write_reproducer
 from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
+from .sizes import too_large
 
 Path_ = str | os.PathLike[str]
 NOISY = 0.01  # noise, as a share of max|y|, above which a check is a weak one
@@ -115,7 +117,11 @@ def run(
     pipeline = Pipeline.of(passes)
     if max_drop is not None and metric is None:
         raise UsageError("--max-drop bounds the loss of a metric; give one with --metric FILE.py:FUNCTION.")
-    require_runnable(model, model.meta.get("penjing.path", "The model"))
+    large = too_large(model)
+    if large is None:
+        require_runnable(model, model.meta.get("penjing.path", "The model"))
+    elif metric is not None:
+        raise UsageError(f"The metric cannot be taken, for the model does not run: {large}.")
     progress = progress or Progress()
     score = load_function(metric, "--metric") if isinstance(metric, str) else metric
     given = read_feeds(data, model, labels=labels) if data is not None else None
@@ -132,7 +138,7 @@ def run(
         runner=runner,
     )
     report = Report(model.meta.get("penjing.path"), str(pipeline), seed, figures(model), check=CheckReport(check))
-    prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress)
+    prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress, large)
     try:
         work = prove.run(checked, instruments)
         prove.judge(work, strict)
@@ -142,7 +148,8 @@ def run(
             write_reproducer(reproducer, breach, report, vars(bounds), metric, strict)
             report.reproducer = os.fspath(reproducer)
         raise BoundExceeded(report) from (breach.__cause__ or breach)
-    become(model, work)
+    with uninterrupted():
+        become(model, work)
     return report
 
 
@@ -157,6 +164,7 @@ class _Proof:
     bounds: Bounds
     report: Report
     progress: Progress
+    large: str | None = None  # why it cannot be run at all
     feeds: Feeds | None = None
     checker: Checker = field(init=False)
 
@@ -168,6 +176,7 @@ class _Proof:
             score = self.runner.score(self.model)
             self.report.metric = MetricReport(self.runner.metric_name, score, max_drop=self.bounds.max_drop)
         work = self.model.clone()
+        work.meta.update(self.model.meta)  # where it came from, and so how it will be saved; onnx_ir drops it
         check = self.report.check
         mode = check.mode if self.feeds is not None else "off"
         self.checker = checker = Checker(self.runner, self.feeds or (), self.ctx, mode)
@@ -243,10 +252,13 @@ class _Proof:
         if not wanted:
             return None
         try:
+            if self.large is not None:
+                raise NoFeeds(self.large)
             feeds = checked or random_feeds(self.model, self.ctx.seed)
         except NoFeeds as error:
             if self.bounds.on_outputs:
-                raise UsageError(f"A bound on the outputs needs feeds, and random ones do not do: {error}") from error
+                what = "feeds, and random ones do not do" if self.large is None else "a run"
+                raise UsageError(f"A bound on the outputs needs {what}: {error}") from error
             check.not_run = str(error)
             self.report.warnings.append(f"check: not run ({error})")
             return None

@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -23,8 +22,12 @@ import onnx_ir as ir
 from ..ir import files
 from ..ir.address import printable
 from ..ir.errors import BadFile, PenjingError, UsageError, nearest, one_line
+from ..ir.interrupts import uninterrupted
 from ..ir.tensors import standing_in, tensors
+from ..ir.versions import greatest_need, needed_ir_version
 from ..passes.base import Array, Feeds, Outputs
+from .sizes import too_large
+from .interrupt import stoppable
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -34,6 +37,13 @@ Metric = Callable[["InferenceSession"], float]
 
 LARGE = 256 * 2**20  # bytes of weights above which a model is memory-mapped, not copied into a session
 TRIAL_BYTES = 2**30  # activations that a trial run may take
+_GROWTH = 2**24  # bytes by which their memory grows at most, where one value does not ask for more
+_INLINE = 32 * 2**20  # bytes of weights that go beside mapped ones: they are held three times on the way
+_FOLDED = 2**20  # bytes of what ONNX Runtime computes ahead in a mapped model
+_COPYING = (
+    "NchwcTransformer;TransposeOptimizer;ConvBNFusion;ConvMulFusion;ConvAddFusion;MatMul_BatchNormalization_Fusion"
+)
+"""ONNX Runtime's optimizations that write weights anew, into memory: not for a mapped model."""
 _LEVELS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -85,7 +95,7 @@ def load(path: str | os.PathLike[str], *, runnable: bool = False) -> ir.Model:
 
 def why_not_runnable(model: ir.Model) -> str | None:
     """The reason, as a clause, why the installed ONNX Runtime does not take ``model``, or ``None`` where it does."""
-    if reason := _too_new(model):
+    if reason := _too_new(model) or too_large(model):
         return reason
     try:
         open_session(model)
@@ -235,7 +245,7 @@ class OrtRunner:
         session = self.session(model)
         try:
             found = self.metric(session)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"The metric {self.metric_name} raised {one_line(error)}") from error
         try:
             number = float(found)
@@ -244,6 +254,10 @@ class OrtRunner:
         if isinstance(found, str) or not math.isfinite(number):
             raise UsageError(f"The metric {self.metric_name} returned {found!r}; it must return a finite number.")
         return number
+
+    def newest_opset(self) -> int:
+        """The newest version of the ONNX domain that the installed ONNX Runtime takes."""
+        return limits()[0]
 
     def time(self, models: Sequence[ir.Model], feeds: Feeds) -> list[float]:
         """Median seconds a run of each model, interleaved; CPU seconds where this runner has one thread."""
@@ -276,8 +290,8 @@ def _too_new(model: ir.Model) -> str | None:
     takes, remedy = f"newer than ONNX Runtime {version()} takes", "or install a newer onnxruntime."
     if found > opset:
         return f"opset {found} is {takes} ({opset}); export the model at opset {opset}, {remedy}"
-    if model.ir_version > ir_version:
-        return f"IR version {model.ir_version} is {takes} ({ir_version}); save the model with that one, {remedy}"
+    if model.ir_version > ir_version and (need := greatest_need(model)).version > ir_version:
+        return f"IR version {need.version} is {takes} ({ir_version}), and {need.reason}, which needs it; {remedy[3:]}"
     return None
 
 
@@ -286,13 +300,17 @@ def _options(level: str, threads: int, prepack: bool, bounded: bool) -> Any:
         known = ", ".join(_LEVELS)
         raise UsageError(f"There is no optimization level '{level}'; the levels are {known}.{nearest(level, _LEVELS)}")
     ort = _ort()
-    options = ort.SessionOptions()
+    options = stoppable(ort.SessionOptions())
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("optimization.disable_specified_optimizers", _COPYING)
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else what only constants feed is all made first
+        options.enable_cpu_mem_arena = False  # it would keep what a run took
     if bounded:
         _bound_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -303,8 +321,8 @@ def _options(level: str, threads: int, prepack: bool, bounded: bool) -> Any:
 def _bound_arena() -> None:
     ort = _ort()
     where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    exactly = 1  # arena_extend_strategy: grow by what is asked for, not to the next power of two
-    arena = ort.OrtArenaCfg({"max_mem": TRIAL_BYTES, "arena_extend_strategy": exactly})
+    # It grows by powers of two and then in steps: each growth is a region, and a million of them take for ever to free.
+    arena = ort.OrtArenaCfg({"max_mem": TRIAL_BYTES, "max_power_of_two_extend_bytes": _GROWTH})
     ort.create_and_register_allocator(where, arena)
 
 
@@ -315,7 +333,7 @@ def _release_arena() -> None:
 
 
 def _run_options(shrink: bool = False) -> Any:
-    options = _ort().RunOptions()
+    options = stoppable(_ort().RunOptions())
     options.log_severity_level = 4
     if shrink:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -336,16 +354,17 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
         return _open(_inline(model), options)
     if (folder := _only_folder(model)) is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        return _open(ir.serde.serialize_model(model).SerializeToString(), options)
-    scratch = tempfile.mkdtemp(prefix="penjing-")
+        return _open(_serialized(model), options)
+    with uninterrupted():  # its own finalizer removes the folder, wherever an interrupt comes later
+        scratch = tempfile.TemporaryDirectory(prefix="penjing-", ignore_cleanup_errors=True)
+    path = os.path.join(scratch.name, "model.onnx")
     try:
-        path = os.path.join(scratch, "model.onnx")
         files.save(model, path, external=True)
         session = _open(path, options)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.cleanup()
         raise
-    weakref.finalize(session, shutil.rmtree, scratch, ignore_errors=True)
+    weakref.finalize(session, scratch.cleanup)
     return session
 
 
@@ -354,7 +373,14 @@ def _inline(model: ir.Model) -> bytes:
     mapped = ((holder, tensor) for holder, tensor in tensors(model) if isinstance(tensor, ir.ExternalTensor))
     pairs = [(holder, ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)) for holder, tensor in mapped]
     with standing_in(pairs):
-        return bytes(ir.serde.serialize_model(model).SerializeToString())
+        return _serialized(model)
+
+
+def _serialized(model: ir.Model) -> bytes:
+    """As protobuf, under an IR version that ONNX Runtime takes where the contents allow it: a stamp alone is no bar."""
+    proto = ir.serde.serialize_model(model)
+    proto.ir_version = max(needed_ir_version(model), min(model.ir_version, limits()[1]))
+    return bytes(proto.SerializeToString())
 
 
 def _only_folder(model: ir.Model) -> str | None:
@@ -367,7 +393,7 @@ def _only_folder(model: ir.Model) -> str | None:
             return None
         else:
             folders.append(os.path.abspath(tensor.base_dir))
-    return folders[0] if len(set(folders)) == 1 and inline <= LARGE else None
+    return folders[0] if len(set(folders)) == 1 and inline <= _INLINE else None
 
 
 def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
@@ -385,11 +411,14 @@ def _with_outputs(model: ir.Model, names: Sequence[str]) -> ir.Model:
 
 
 def _ort_input(value: Any) -> Any:
-    """ONNX Runtime takes numpy's own dtypes; bfloat16 and float8 go in as their bits."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "V" or value.dtype.itemsize > 2:
+    """ONNX Runtime takes numpy's own dtypes; others go in as their bits, those of less than 8 bits packed."""
+    if not isinstance(value, np.ndarray) or value.dtype.isbuiltin == 1 or value.dtype.itemsize > 2:
         return value
     dtype = ir.DataType.from_numpy(value.dtype)
-    bits = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+    bits = np.array(value, order="C").view(f"u{value.dtype.itemsize}")
+    if dtype.bitwidth < 8:  # the array gives the shape, so the packed bytes are followed by some that nobody reads
+        packed = ir.Tensor(value, dtype).tobytes()
+        bits.reshape(-1)[: len(packed)] = np.frombuffer(packed, np.uint8)
     return _ort().OrtValue.ortvalue_from_numpy_with_onnx_type(bits, dtype.value)
 
 
@@ -414,8 +443,13 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"/\S+\.(?:h|hpp|cc|cpp):\d+ .*?\)>? (?:.*? was false\. (?=\S))?", "", text)
     text = re.sub(r"^(?:This is an invalid model\. |Load model from .*? failed:|Fatal error: )+", "", text)
     text = re.sub(r"^In Node, .* Error (?=\S)", "", text)
+    text = re.sub(r"^Unsupported model (IR version): (\d+), max supported IR version: (\d+)", _lowered, text)
     text = text.replace(" node with name ''", "").strip().rstrip(".")
     return f"{text}." if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _lowered(found: re.Match[str]) -> str:
+    return f"{found[1]} {found[2]} is newer than ONNX Runtime takes ({found[3]}); `penjing run -p lower-ir` lowers it"
 
 
 def _at(found: re.Match[str]) -> str:

@@ -1,169 +1,175 @@
-"""ONNX's own test models: they load, are cleaned, are saved, and compute in ONNX Runtime what they computed before.
-
-Each is cleaned twice, with ONNX's reference and with ONNX Runtime to fold constants, and is verified after each pass.
-"""
+"""ONNX's own test models go through every exact pass and ``penjing run``: a part of ``reliability/corpus.py``."""
 
 from __future__ import annotations
 
-import math
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
+import onnx_ir as ir
+import pytest
+from reliability import examination
+from reliability.cases import NODE_CASES, NOT_RUN, WHOLE_MODELS, Case, node_cases, whole_models
+from reliability.corpus import COUNTS, HEAD, asked, readme, report
+from reliability.corpus_runs import Run, clean_passes, run_case, runs_report
+from reliability.examination import KEPT, Found, Step, all_steps, examine
+from wrong_passes import WrongNumbers
 
-from penjing.ir.files import load, save
-from penjing.ir.text import text
-from penjing.ir.versions import RUNNABLE
-from penjing.passes.base import Context, Effect, Outputs
+from penjing.ir.errors import UsageError
+from penjing.passes.base import Context, Effect, Pass
 from penjing.passes.pipeline import Pipeline
-from penjing.runtime.compare import Judge
-from penjing.runtime.feeds import read_feeds
-from penjing.runtime.session import DoesNotRun, OrtRunner, open_session, run_feed
-
-DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
-CLEAN = Pipeline.parse("clean")
-ROUNDING = sum(pass_.effect() is Effect.ROUNDING for pass_, _ in CLEAN.steps())
-GIVEN: list[dict[str, Any]] = [{}, {"runner": OrtRunner()}]
-
-NOT_RUN = {  # words of ONNX Runtime's about a case as it comes: why nothing can be compared after cleaning it
-    "only *guarantees* support for models stamped with official": "newer than the installed ONNX Runtime",
-    "Could not find an implementation": "no CPU kernel for these types or this version",
-    "Failed to find kernel": "no CPU kernel for these types or this version",
-    "is not a registered function/op": "an operator of a preview domain",
-    "Unrecognized attribute": "a newer revision of an operator",
-    "Type parameter (T) of Optype": "types that ONNX Runtime checks more strictly",
-    "Failed to construct locale": "the locale of the case is not installed",
-    "Batchwise recurrent operations": "layout=1",
-    "inconsistent total_sequence_length": "a newer revision of Attention",
-    "Non per-tensor quantization": "ConvInteger with many zero points",
-    "not defined for empty set": "ReduceMax of no booleans",
-    "non-string": "strings together with outputs that numpy lacks a type for",
-    "can't be converted to MLDataType": "inputs that numpy lacks a type for",
-}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model with the inputs that come with it."""
-
-    name: str
-    model: onnx.ModelProto
-    feeds: list[dict[str, Any]]
-
-
-def node_cases(every: int = 1) -> Iterator[Case]:
-    """The models of one node, or those of them whose name has a hash that ``every`` divides."""
-    from onnx.backend.test.case.node import collect_testcases
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the cases overflow and divide by zero on purpose
-        found = collect_testcases(None)
-    for case in found:
-        if zlib.crc32(case.name.encode()) % every == 0:
-            names = [value.name for value in case.model.graph.input]
-            feeds = [dict(zip(names, map(_fed, given), strict=False)) for given, _ in case.data_sets]
-            yield Case(case.name, case.model, feeds)
+def examined(cases: list[Case], folder: Path) -> list[Found]:
+    """Every step on every case, with nothing found and nothing left out."""
+    steps = all_steps()
+    found = [examine(case, folder, steps) for case in cases]
+    assert [fault for one in found for fault in one.faults] == []
+    names = {KEPT, *(step.name for step in steps)}
+    assert {"clean", "fold-constants", "lower-ir", "raise-opset", "strip-metadata"} < names
+    for one in found:
+        assert set(one.results) == names
+        assert one.excluded.get("run") in {None, *NOT_RUN.values()}
+        for step, result in one.results.items():
+            held = result.refused or all(getattr(result, word) for word in COUNTS if asked(one, word))
+            assert held, f"{one.name}: {step}: {result}"
+    return found
 
 
-def whole_models() -> Iterator[Case]:
-    """The models in files, with the inputs beside them; a ramp from 0 to 1 where there are none."""
-    for path in sorted(DATA.rglob("*.onnx")):
-        model = onnx.load(path)
-        if path.name == "model.onnx":
-            yield Case(path.parent.name, model, [dict(feed) for feed in read_feeds(path.parent, load(path))])
-        else:
-            constants = {tensor.name for tensor in model.graph.initializer}
-            feed = {value.name: _ramp(value) for value in model.graph.input if value.name not in constants}
-            yield Case(path.stem, model, [feed])
-
-
-def _fed(value: Any) -> Any:
-    if isinstance(value, onnx.TensorProto):
-        return onnx.numpy_helper.to_array(value)
-    return np.asarray(value) if isinstance(value, np.generic) else value
-
-
-def _ramp(value: onnx.ValueInfoProto) -> np.ndarray:
-    shape = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
-    return np.linspace(0, 1, math.prod(shape), dtype=np.float32).reshape(shape)
-
-
-def faults(cases: Iterable[Case], folder: Path) -> tuple[int, int, list[str]]:
-    """How many cases there were, how many ran in ONNX Runtime, and a sentence for each that does not hold."""
-    count = ran = 0
-    found = []
-    for case in cases:
-        count += 1
-        try:
-            ran += holds(case, folder)
-        except Exception as error:
-            found.append(f"{case.name}: {type(error).__name__}: {error}")
-    return count, ran, found
-
-
-def holds(case: Case, folder: Path) -> bool:
-    """Whether ONNX Runtime runs the case; raises where cleaning does not keep what it promises."""
-    original, cleaned = folder / "original.onnx", folder / "cleaned.onnx"
-    original.write_bytes(case.model.SerializeToString())
-    runnable = onnx.ModelProto.FromString(original.read_bytes())
-    runnable.ir_version = min(runnable.ir_version, RUNNABLE)  # newer onnx stamps more than is in the model
-    (folder / "runnable.onnx").write_bytes(runnable.SerializeToString())
-    opens, expected = run(folder / "runnable.onnx", case)
-    if isinstance(expected, str):
-        assert any(words in expected for words in NOT_RUN), expected
-    seen = []
-    for given in GIVEN:
-        model = load(original)
-        CLEAN.run(model, Context(**given))
-        once = text(model, digests=True)
-        steps = CLEAN.run(model, Context(**given))
-        assert text(model, digests=True) == once, "a second run changes something"
-        assert not any(step.changed for step in steps), "a second run says that it changed something"
-        if once not in seen:
-            seen.append(once)
-            save(model, cleaned)
-            still_opens, found = run(cleaned, case)
-            assert still_opens or not opens, "ONNX Runtime takes it no more"
-            if not isinstance(expected, str):
-                assert not isinstance(found, str), f"it runs no more: {found}"
-                judge(expected, found)
-    return not isinstance(expected, str)
-
-
-def run(path: Path, case: Case) -> tuple[bool, list[list[Outputs]] | str]:
-    """Whether ONNX Runtime takes a file; its outputs at full optimization and at none, or the reason that it says."""
-    try:
-        sessions = [open_session(path, level=level) for level in ("all", "off")]
-    except DoesNotRun as error:
-        return False, str(error)
-    try:
-        return True, [[run_feed(session, feed) for feed in case.feeds] for session in sessions]
-    except DoesNotRun as error:
-        return True, str(error)
-
-
-def judge(expected: list[list[Outputs]], found: list[list[Outputs]]) -> None:
-    for level in (0, 1):
-        verdict = Judge()
-        for old, plain, new in zip(expected[level], expected[1 - level], found[level], strict=True):
-            verdict.add(old, plain, new)
-        assert verdict.breaches("rounding", ROUNDING) == []
+def share(found: list[Found], word: str) -> float:
+    """Of all models the part for which ``word`` can be asked."""
+    return sum(asked(one, word) for one in found) / len(found)
 
 
 def test_every_tenth_model_of_one_node(tmp_path: Path) -> None:
-    count, ran, found = faults(node_cases(every=10), tmp_path)
-    assert found == []
-    assert count > 150
-    assert ran > 0.7 * count
+    found = examined(node_cases(every=10), tmp_path)
+    assert len(found) > 150
+    assert share(found, "checked") == 1
+    assert share(found, "compared") > 0.7
+    assert share(found, "expected") > 0.7
+    assert share(found, "referred") > 0.1
+    changed = Counter(step for one in found for step, result in one.results.items() if result.changed)
+    assert all(changed[step] > 5 for step in ("clean", "fold-constants", "infer-shapes", "raise-opset", "unify-names"))
+    assert f"| clean | {len(found)} | 0 |".replace("clean", "`clean`") in report(found)
+    assert f"| {' | '.join(HEAD)} |" in readme(found, [])
 
 
 def test_whole_models(tmp_path: Path) -> None:
-    count, ran, found = faults(whole_models(), tmp_path)
-    assert found == []
-    assert count == 149
-    assert ran > 100
+    found = examined(whole_models(), tmp_path)
+    assert len(found) == WHOLE_MODELS
+    assert share(found, "compared") > 0.7
+    assert share(found, "expected") > 0.7
+
+
+def test_penjing_run_of_every_clean_pass(tmp_path: Path) -> None:
+    cases, pipelines = [*node_cases(every=120), *whole_models(every=30)], clean_passes()
+    runs = [run for case in cases for run in run_case(case, tmp_path, pipelines)]
+    assert [run for run in runs if run.outcome == "fault"] == []
+    assert len(runs) == len(cases) * len(pipelines)
+    assert len(pipelines) >= 9
+    counts = Counter(run.outcome for run in runs)
+    assert counts["checked"] > 0.6 * len(runs)
+    assert counts["refused"] > 0
+    assert f"| `clean` | {len(cases)} |" in runs_report(runs)
+
+
+def test_the_cases_are_all_there() -> None:
+    names = [case.name for case in node_cases()]
+    assert len(set(names)) == len(names) == NODE_CASES
+    assert all(case.feeds and case.expected for case in node_cases(every=10))
+
+
+class Unsaid(Pass):
+    """Renames the graph, and does not say so."""
+
+    name = "unsaid"
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        model.graph.name = "other"
+
+
+class Restless(Pass):
+    """Changes the model each time."""
+
+    name = "restless"
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        model.producer_name = (model.producer_name or "") + "!"
+        ctx.change("model", "praised")
+
+
+class Sour(Pass):
+    """Refuses, after it has changed something."""
+
+    name = "sour"
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        model.graph.name = "other"
+        raise UsageError("sour: not this one.")
+
+
+class Same(WrongNumbers):
+    """Moves weights by little, and says that they are the same."""
+
+    name = "same"
+    by = 1e-7
+
+    def effect(self) -> Effect:
+        return Effect.SAME
+
+
+@pytest.fixture
+def layer() -> Case:
+    """A model with weights, and of the original's outputs."""
+    (case,) = [case for case in whole_models() if case.name == "pytorch-converted/test_Conv2d"]
+    return case
+
+
+@pytest.mark.parametrize(
+    ("pass_", "sentence"),
+    [
+        (WrongNumbers(), "it is not as expected any more: "),
+        (WrongNumbers(by=1e-4), "over the bound 1.0e-05 of max|y|"),
+        (Same(by=1e-7), "not bit-identical"),
+        (Unsaid(), "it changes the model and says that it does not"),
+        (Restless(), "a second run changes something"),
+        (Sour(), "UsageError: sour: not this one."),
+    ],
+)
+def test_a_wrong_pass_is_caught(layer: Case, tmp_path: Path, pass_: Pass, sentence: str) -> None:
+    found = examine(layer, tmp_path, [Step("wrong", Pipeline.of(pass_), Context, may_refuse=True)])
+    assert found.results[KEPT].faults == []
+    assert any(fault.startswith(f"{layer.name}: wrong: ") and sentence in fault for fault in found.faults), found.faults
+
+
+def test_a_save_that_loses_something_is_caught(layer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: ir.Model, path: Path) -> None:
+        proto = ir.to_proto(model)
+        del proto.graph.node[0].attribute[0]
+        path.write_bytes(proto.SerializeToString())
+
+    monkeypatch.setattr(examination, "save", forgetful)
+    faults = examine(layer, tmp_path, []).faults
+    assert any("is gone" in fault for fault in faults), faults
+
+
+def test_a_model_that_does_not_run_for_no_known_reason_is_a_fault(
+    layer: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "why_not_run", lambda sentence: None)
+    broken = onnx.ModelProto()
+    broken.CopyFrom(layer.model)
+    broken.graph.node[0].domain = "nowhere"
+    broken.opset_import.add(domain="nowhere", version=1)
+    (fault, *_) = examine(Case("x", broken, layer.feeds, layer.expected), tmp_path, []).faults
+    assert "no known reason why it does not run: " in fault
+
+
+def test_a_run_with_an_unknown_end_is_a_fault(tmp_path: Path) -> None:
+    from reliability.corpus_runs import judged
+
+    assert judged("x", "clean", 1, "said", tmp_path / "o", tmp_path / "r").outcome == "fault"
+    assert judged("x", "clean", 2, "penjing: sorry", tmp_path / "o", tmp_path / "r").outcome == "fault"
+    assert judged("x", "clean", 0, "", tmp_path / "o", tmp_path / "r").outcome == "fault"
+    known = judged("x", "clean", 2, "penjing: opset 99 is newer than ONNX Runtime takes", tmp_path, tmp_path)
+    assert known == Run("x", "clean", "refused", "newer than the installed ONNX Runtime")

@@ -10,11 +10,11 @@ import onnx_ir as ir
 from ...ir.batchnorm import affine, output_channels, rounded, scaled_weight
 from ...ir.constants import Array, constant_array, constant_tensor
 from ...ir.match import Replacement, Rule, attribute, decline, rule
+from ...ir.sparse import stored_bytes
 from ...ir.unused import is_idle
 from ..base import Context, Effect, Pass, register
 from ..rewrite import Tape, rewrite
 
-_LIMIT = 1 << 31  # bytes of a weight
 _SMALL = 1 << 10  # bytes by which a fold may let the file grow
 
 Rest = tuple[ir.Value | None, ...]
@@ -76,14 +76,15 @@ def batchnorm_into_matmul_and_add(
     _check_private(layer)
     weight, offset = _weight(w), constant_array(b)
     product = layer.outputs[0]
-    if product.shape is None or product.shape.rank() != 2 or weight.ndim != 2:
+    if product.shape is None or product.shape.rank() != 2 or weight.shape.rank() != 2:
         decline("its channels are not known to be the columns of the product")
-    if offset is None or offset.shape not in ((weight.shape[1],), (1, weight.shape[1]), (1,), ()):
+    channels = weight.shape.numpy()[1]
+    if offset is None or offset.shape not in ((channels,), (1, channels), (1,), ()):
         decline("what is added is not one constant a channel")
     _check_precision(weight)
     factor, shift = _statistics(scale, bias, mean, variance, epsilon)
-    _check_channels(factor, weight.shape[1])
-    moved = rounded(offset.astype(np.float64).ravel() * factor + shift, weight.dtype)
+    _check_channels(factor, channels)
+    moved = rounded(offset.astype(np.float64).ravel() * factor + shift, weight.dtype.numpy())
     new = tape.MatMul(x, tape.constant(scaled_weight(layer, weight, factor), instead_of=w), name=layer.name)
     return tape.Add(new, tape.constant(moved, instead_of=b))  # type: ignore[no-any-return]
 
@@ -140,10 +141,10 @@ def _folded(
     """The layer with its output channels scaled (by ``None``: not at all) and shifted, float64 [channels]."""
     _check_private(layer)
     weight = _weight(w)
-    channels = output_channels(layer, weight.shape)
+    channels = output_channels(layer, weight.shape.numpy())
     _check_channels(shift, channels)
     offset = np.zeros(channels) if not rest or rest[0] is None else _offset(layer, rest[0], channels)
-    moved = rounded(offset * (1.0 if scale is None else scale) + shift, weight.dtype)
+    moved = rounded(offset * (1.0 if scale is None else scale) + shift, weight.dtype.numpy())
     if scale is not None:
         _check_precision(weight)
         _check_growth(w, layer)
@@ -202,10 +203,10 @@ def _check_channels(numbers: Array, channels: int) -> None:
         decline(f"there are {numbers.size} numbers for {channels} channels")
 
 
-def _check_precision(weight: Array) -> None:
+def _check_precision(weight: ir.TensorProtocol) -> None:
     """Scaling half-precision weights rounds them once more: of PP-OCRv4 recognition, by 4 % of the largest output."""
-    if weight.dtype.itemsize < 4:
-        decline(f"scaling would round the {weight.dtype.name} weight once more")
+    if weight.dtype.bitwidth < 32:
+        decline(f"scaling would round the {weight.dtype.numpy().name} weight once more")
 
 
 def _check_growth(w: ir.Value, layer: ir.Node) -> None:
@@ -216,13 +217,15 @@ def _check_growth(w: ir.Value, layer: ir.Node) -> None:
         decline(f"the weight of {layer.name or layer.op_type} is shared, and a copy would let the file grow")
 
 
-def _weight(w: ir.Value) -> Array:
-    array = constant_array(w, _LIMIT)
-    if array is None:
+def _weight(w: ir.Value) -> ir.TensorProtocol:
+    tensor = constant_tensor(w)
+    if tensor is None:
         decline("the layer's weight is no constant, or a caller may override it")
-    if array.dtype.kind not in "fV" or array.ndim < 2:
+    if tensor.nbytes > stored_bytes(tensor) + _SMALL:
+        decline("the layer's weight is stored sparse, and the file would grow by it dense")
+    if not tensor.dtype.is_floating_point() or tensor.shape.rank() < 2:
         decline("the layer's weight is not of floats")
-    return array
+    return tensor
 
 
 def _per_channel(layer: ir.Node, w: ir.Value, c: ir.Value) -> Array | None:

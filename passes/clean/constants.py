@@ -15,8 +15,11 @@ from ...ir.constants import Array, constant_node, constant_tensor, is_constant, 
 from ...ir.dimensions import Dimensions
 from ...ir.match import Replacement, rule
 from ...ir.ops import operator
+from ...ir.references import inherit, is_named, replace_all_uses
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import Dims, infer_shapes, inferred, static_dims
+from ...ir.sparse import stored_bytes
+from ...ir.storage import LARGE, Read, StreamedTensor
 from ...ir.unused import discard
 from ...ir.versions import RUNNABLE
 from ..base import Context, Effect, Pass, register
@@ -24,6 +27,7 @@ from ..rewrite import Tape, rewrite
 from .identities import remove_identities
 
 _LIMIT = 16 << 20  # bytes of any value in what is folded
+_AT_ONCE = 16 << 20  # bytes of constants and results of what is computed in one model
 _GROWTH = 1 << 10  # bytes that a result may be larger than the constants that die
 _NEVER = ("Constant", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "OptionalHasElement")
 _PLAIN = {
@@ -51,9 +55,10 @@ class FoldConstants(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Folds, lets shapes follow and what does nothing now go, and folds again until nothing more does."""
         rewrite(model, [cast_like_a_known_type], ctx)
-        changed, skipped = True, dict[ir.Node, tuple[str, str]]()
+        changed, skipped, told = True, dict[ir.Node, tuple[str, str]](), len(ctx.ledger.skips)
         while changed:
             skipped.clear()
+            del ctx.ledger.skips[told:]
             changed = sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
             if changed:
                 infer_shapes(model)
@@ -99,9 +104,10 @@ class _Folder:
             return changed
         self.measure(nodes)
         parts = [part for nodes in _components(nodes) for part in self.shrunk(nodes)]
-        for part, arrays in self.evaluated(parts):
-            self.replace(part, arrays)
-            changed = True
+        for batch in self.batches(parts):
+            for part, arrays in self.evaluated(batch):
+                self.replace(part, arrays)
+                changed = True
         return changed
 
     def skip(self, node: ir.Node, reason: str) -> None:
@@ -128,6 +134,9 @@ class _Folder:
                 return False
         about = operator(node)
         if not about.known or about.control or about.random or node.op_identifier() in self.model.functions:
+            return False
+        if node.device_configurations:
+            self.skip(node, "it is assigned to devices")
             return False
         if node.op_type == "Dropout" or any(attribute.is_ref() for attribute in node.attributes.values()):
             return False
@@ -195,19 +204,33 @@ class _Folder:
         return tensor.nbytes if tensor is not None else 0
 
     def dying(self, nodes: dict[ir.Node, None]) -> int:
-        """Bytes of the constants that nothing else uses."""
+        """Bytes in the file of the constants that nothing else uses."""
         constants = {value: None for node in nodes for value in node.inputs if value is not None and is_constant(value)}
         total = 0
         for value in constants:
             if not value.is_graph_output() and all(node in nodes for node, _ in value.uses()):
                 tensor = constant_tensor(value)
-                total += 0 if tensor is None else tensor.nbytes
+                total += 0 if tensor is None else stored_bytes(tensor)
         return total
 
+    def batches(self, parts: list[_Part]) -> Iterator[list[_Part]]:
+        """The parts in order, as many at once as take little memory."""
+        batch, held = list[_Part](), 0
+        for part in parts:
+            values = {
+                value: None for node in part.nodes for value in (*node.inputs, *node.outputs) if value is not None
+            }
+            size = sum(self.bytes(value, dict.fromkeys(part.nodes)) or 0 for value in values)
+            if batch and held + size > _AT_ONCE:
+                yield batch
+                batch, held = [], 0
+            batch.append(part)
+            held += size
+        if batch:
+            yield batch
+
     def evaluated(self, parts: list[_Part]) -> Iterator[tuple[_Part, list[Array]]]:
-        """All parts in one model, or, where that fails, one by one."""
-        if not parts:
-            return
+        """The parts in one model, or, where that fails, one by one."""
         try:
             yield from self.evaluate(parts)
             return
@@ -280,9 +303,9 @@ class _Folder:
         """Results become initializers under their names; an output of the graph comes from a Constant node."""
         graph = self.scope.graph
         last = part.nodes[-1]
-        for value, array in zip(part.results, arrays, strict=True):
+        held = [self.held(part, value, array) for value, array in zip(part.results, arrays, strict=True)]
+        for value, tensor in zip(part.results, held, strict=True):
             name = value.name or ""
-            tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
             is_output = value.is_graph_output()
             new, node = constant_node(tensor, name) if is_output else new_constant(self.scope, tensor, name)
             producer = value.producer()
@@ -291,6 +314,8 @@ class _Folder:
                 node.name = producer.name
                 graph.insert_before(producer, node)
             value.name = None
+            inherit(value, new)
+            replace_all_uses(value, new)
             value.replace_all_uses_with(new, replace_graph_outputs=True)
             if node is None:
                 graph.register_initializer(new)
@@ -301,6 +326,20 @@ class _Folder:
             bytes=sum(array.nbytes for array in arrays),
         )
         discard(value for node in part.nodes for value in node.outputs)
+
+    def held(self, part: _Part, value: ir.Value, array: Array) -> ir.TensorProtocol:
+        """A result as a tensor; a large one is computed anew when it is read, for many would take all memory."""
+        if array.nbytes < LARGE:
+            return ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=value.name)
+        region, _ = self.region(part.nodes, [value])
+        (output,), ctx = region.graph.outputs, self.ctx
+
+        def open() -> Read:
+            flat = _run(region, ctx)[output.name or ""].reshape(-1)
+            return lambda start, stop: flat[start:stop]
+
+        kind = ir.DataType.from_numpy(array.dtype)
+        return StreamedTensor(open, kind, ir.Shape(array.shape), name=value.name, provenance="lazy: fold-constants")
 
     def reshapes(self) -> bool:
         """Reshape targets that copy dimensions of the data, written as zeros."""
@@ -364,7 +403,7 @@ def _is_text(value: ir.Value) -> bool:
 
 
 def _is_read_outside(value: ir.Value, nodes: dict[ir.Node, None]) -> bool:
-    return value.is_graph_output() or any(node not in nodes for node, _ in value.uses())
+    return value.is_graph_output() or is_named(value) or any(node not in nodes for node, _ in value.uses())
 
 
 def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:

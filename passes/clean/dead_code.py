@@ -7,8 +7,9 @@ import functools
 import onnx_ir as ir
 
 from ...ir.address import function_prefix
+from ...ir.references import leave
 from ...ir.scopes import Scope, scopes
-from ...ir.unused import is_idle, take_out
+from ...ir.unused import discard, is_idle, take_out
 from ..base import Context, Pass, register
 
 _WHY = "removed, for nothing uses it"
@@ -27,10 +28,8 @@ class RemoveDeadCode(Pass):
         for scope in reversed(found):
             _nodes(scope, ctx)
         for scope in found:
-            for name, value in list(scope.graph.initializers.items()):
-                if is_idle(value) and not value.is_graph_input():
-                    del scope.graph.initializers[name]
-                    ctx.change(scope.address(value), _WHY)
+            for gone in discard(reversed(list(scope.graph.initializers.values())))[1]:
+                ctx.change(scope.address(gone), _WHY)
         _functions(model, ctx)
 
 
@@ -51,6 +50,10 @@ def _outputs(node: ir.Node, scope: Scope, ctx: Context) -> None:
     optional = _optional_outputs(node.op_type, scope.version)
     for value, may_go in zip(node.outputs, optional, strict=False):
         if may_go and value.name != "" and is_idle(value):
+            if node.sharding_of(value):
+                ctx.skip(scope.address(value), "unused, but the node's device configuration names it")
+                continue
+            leave(value, scope.graph)
             ctx.change(scope.address(value), _WHY)
             value.name = ""
     kept = len(node.outputs)

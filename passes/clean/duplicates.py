@@ -10,9 +10,11 @@ import onnx_ir as ir
 
 from ...ir.constants import constant_tensor, is_constant
 from ...ir.ops import Kind, operator
+from ...ir.references import is_annotated, is_named, replace_all_uses
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import static_dims
-from ...ir.storage import MadeTensor, blocks
+from ...ir.sparse import SparseTensor, stored_bytes
+from ...ir.storage import MadeTensor, StreamedTensor, blocks
 from ...ir.unused import discard, is_idle
 from ..base import Context, Pass, register
 
@@ -38,7 +40,7 @@ class MergeDuplicates(Pass):
         for scope in scopes(model):
             own = list(_constants(scope))
             outer = main if scope.function is None else []
-            kinds = {_kind(constant) for constant in own if constant[1].nbytes > _SMALL} if outer else set()
+            kinds = {_kind(constant) for constant in own if stored_bytes(constant[1]) > _SMALL} if outer else set()
             seen = [constant for constant in outer if _kind(constant) in kinds]
             for twins in _groups([*seen, *own], content):
                 free = []
@@ -51,9 +53,9 @@ class MergeDuplicates(Pass):
                 for value, tensor in free[1:]:
                     if value.graph is scope.graph:
                         address = scope.address(value)
-                        value.replace_all_uses_with(free[0][0])
+                        replace_all_uses(value, free[0][0])
                         discard([value])
-                        ctx.change(address, "merged with an equal constant", bytes=tensor.nbytes)
+                        ctx.change(address, "merged with an equal constant", bytes=stored_bytes(tensor))
             if scope.graph is model.graph:
                 main = [constant for constant in own if constant[0].is_initializer()]
 
@@ -65,8 +67,10 @@ class _Content:
         self._digests: dict[Hashable, Hashable] = {}
 
     def head(self, tensor: ir.TensorProtocol) -> Hashable:
-        if isinstance(tensor, MadeTensor):
+        if isinstance(tensor, MadeTensor) and not isinstance(tensor, StreamedTensor):
             return tensor  # not made only to be compared
+        if isinstance(tensor, SparseTensor):
+            return tuple(entry[:8].tobytes() for entry in tensor.entries())
         if tensor.dtype == ir.DataType.STRING:
             return tuple(bytes(word) for word in tensor.numpy().flat)
         if tensor.nbytes <= _SMALL:
@@ -74,7 +78,10 @@ class _Content:
         return next(blocks(tensor))[:_SMALL].tobytes()
 
     def digest(self, tensor: ir.TensorProtocol) -> Hashable:
-        if isinstance(tensor, MadeTensor) or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= _SMALL:
+        if isinstance(tensor, SparseTensor):
+            return tuple(hashlib.blake2b(entry.tobytes(), digest_size=16).digest() for entry in tensor.entries())
+        made = isinstance(tensor, MadeTensor) and not isinstance(tensor, StreamedTensor)
+        if made or tensor.dtype == ir.DataType.STRING or tensor.nbytes <= _SMALL:
             return None
         place: Any = tensor
         if isinstance(tensor, ir.ExternalTensor):
@@ -102,8 +109,9 @@ def _alike(constants: list[Constant], key: Callable[[Constant], Hashable]) -> It
 
 
 def _kind(constant: Constant) -> Hashable:
+    """A sparse constant is a twin of sparse ones only, for it is smaller in the file than a dense one."""
     value, tensor = constant
-    return tensor.dtype, static_dims(value) or tuple(tensor.shape.numpy())
+    return tensor.dtype, static_dims(value) or tuple(tensor.shape.numpy()), type(tensor) is SparseTensor
 
 
 def _constants(scope: Scope) -> Iterator[Constant]:
@@ -120,6 +128,8 @@ def _why_apart(value: ir.Value, tensor: ir.TensorProtocol) -> str | None:
         return "is an output"
     if tensor.dtype == ir.DataType.STRING:
         return "holds strings"
+    if is_named(value) or is_annotated(value):
+        return "is in a quantization annotation"
     if any(operator(node).port(index).kind in _KEPT_APART for node, index in value.uses()):
         return "is a scale or zero point, which ONNX Runtime fuses only where each has its own"
     return None

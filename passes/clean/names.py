@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...ir.edit import Names
+from ...ir.references import renaming
 from ...ir.scopes import Scope, scopes, values
 from ..base import Context, Pass, register
 
@@ -19,6 +20,10 @@ class UnifyNames(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Walks all graphs once; a value and a node may share a name."""
+        with renaming(model):
+            self.rename(model, ctx)
+
+    def rename(self, model: ir.Model, ctx: Context) -> None:
         kept = dict.fromkeys([*model.graph.inputs, *model.graph.outputs])
         for value in kept:
             if _clean(value.name or "") != value.name:
