@@ -60,7 +60,7 @@ class _Walk:
         self.visible: dict[str, ir.Value] = {}
         self.defined: set[ir.Value | None] = {None}  # None is an input left out
         self.places: dict[ir.Graph, str] = {}
-        self.taken: set[str] = set()
+        self.taken: dict[str, int] = {}
         self.nodes: set[ir.Node] = set()
         self.inputs: list[ir.Value | None] = []
         self.values: list[tuple[str, list[ir.Value]]] = []
@@ -86,6 +86,7 @@ class _Walk:
         functions = self.model.functions
         calls = self.calls.setdefault(function.identifier(), {}) if function else {}
         defined, seen, used, stack = self.defined, self.nodes, self.inputs, self.stack
+        fitting: set[object] = set()  # what nodes are like that fit their operators' schemas
         self.visible.clear()
         defined.clear()
         defined.add(None)
@@ -110,10 +111,12 @@ class _Walk:
                 if functions and (callee := functions.get(node.op_identifier())) is not None:
                     calls[node.op_identifier()] = None
                     self.call(scope, node, callee)
-                elif (schema := form(node.domain, node.op_type, versions.get(node.domain, 0))) and (
-                    found := misfit(node, schema)
-                ):
-                    self.report(scope.prefix + _name(node), f"{found}.")
+                elif (likeness := _likeness(node)) not in fitting:
+                    schema = form(node.domain, node.op_type, versions.get(node.domain, 0))
+                    if schema is not None and (found := misfit(node, schema)):
+                        self.report(scope.prefix + _name(node), f"{found}.")
+                    else:
+                        fitting.add(likeness)
                 if node.attributes.data and (held := self.attributes(scope, node, function)):
                     scope.holder = node
                     stack += reversed(held)
@@ -343,19 +346,20 @@ def _recursion(calls: Mapping[Identifier, Mapping[Identifier, None]]) -> list[st
     found: list[str] = []
     done: set[Identifier] = set()
     for start in calls:
-        path: list[Identifier] = []
+        path: dict[Identifier, None] = {}  # in order
         stack = [iter([start])]
         while stack:
             callee = next(stack[-1], None)
             if callee is None:
                 stack.pop()
                 if path:
-                    done.add(path.pop())
+                    done.add(path.popitem()[0])
             elif callee in path:
-                way = " -> ".join(_called(key) for key in (*path[path.index(callee) :], callee))
+                loop = list(path)
+                way = " -> ".join(_called(key) for key in (*loop[loop.index(callee) :], callee))
                 found.append(f"{_called(callee)}/: a function must not call itself, found {way}.")
             elif callee not in done:
-                path.append(callee)
+                path[callee] = None
                 stack.append(iter(calls.get(callee, ())))
     return found
 
@@ -364,6 +368,16 @@ def _fits(shape: ir.Shape, actual: ir.ShapeProtocol) -> bool:
     return shape.rank() == actual.rank() and all(
         not isinstance(dim, int) or dim == size for dim, size in zip(shape.dims, actual.dims, strict=True)
     )
+
+
+def _likeness(node: ir.Node) -> object:
+    """All that a schema asks of a node; most nodes of a model are like one before."""
+    inputs, given = node.inputs, node.attributes.data
+    likeness = (node.domain, node.op_type, len(inputs), len(node.outputs))
+    if not given and None not in inputs:
+        return likeness
+    left_out = [place for place, value in enumerate(inputs) if value is None]
+    return (*likeness, *left_out, *((name, attribute.type) for name, attribute in given.items()))
 
 
 def _name(node: ir.Node) -> str:

@@ -34,9 +34,11 @@ SHAPES = [(2, 3), (3, 2), (3, 3)]
 
 
 def exact_passes() -> list[str]:
-    """Every registered pass that with its defaults may run alone and promises the same outputs."""
+    """Every pass of penjing that with its defaults may run alone and promises the same outputs."""
     found = []
     for name, pass_ in all_passes().items():
+        if not pass_.__module__.startswith("penjing.passes."):
+            continue  # other tests register wrong ones
         with contextlib.suppress(UsageError):  # it has an option without a default
             if pass_().effect() is not Effect.LOSSY:
                 found.append(name)
