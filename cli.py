@@ -323,11 +323,6 @@ def _require_targets(output: str, json_file: str | None, force: bool, reads: Map
             if _entry(target) in (_entry(source), os.path.realpath(source)):
                 raise UsageError(f"{name} and {other} are the same file, {target}; name another for {name}.")
     require_writable(output, force)
-    reproducer = Path(f"{output}.reproducer")
-    if os.path.lexists(reproducer) and (reproducer.is_symlink() or not (reproducer / "run.json").is_file()):
-        raise BadFile(
-            f"{reproducer} is in the way: if a check fails, that is shown there; move it, or name another -o."
-        )
     if json_file and (Path(json_file).is_file() or not os.path.exists(json_file)):
         require_writable(json_file, force)
 

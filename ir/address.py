@@ -17,7 +17,7 @@ def graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
     Each graph comes before the bodies in it, and once. Of two bodies with the same words (nodes may share a name)
     the later one is ``node#2/then/``. The walk keeps its own stack, so only memory bounds the depth of nesting.
     """
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     yield from _nested("", model.graph, taken)
     for function in model.functions.values():
         yield from _nested(function_prefix(function), function.graph, taken)
@@ -59,19 +59,24 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
 
 
-def inner(prefix: str, node: ir.Node, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
-    """The graphs that a node holds with their prefixes, given that of its own graph; ``taken`` keeps them apart."""
+def inner(prefix: str, node: ir.Node, taken: dict[str, int]) -> Iterator[tuple[str, ir.Graph]]:
+    """The graphs that a node holds with their prefixes, given that of its own graph; ``taken`` keeps them apart.
+
+    It holds how far the count of each went, so that many nodes of one name take no longer than as many others.
+    """
     name = node.name or node.op_type
     for word, body in bodies(node):
-        address, count = f"{prefix}{name}/{word}/", 1
+        wanted = address = f"{prefix}{name}/{word}/"
+        count = taken.get(wanted, 1)
         while address in taken:
             count += 1
             address = f"{prefix}{name}#{count}/{word}/"
-        taken.add(address)
+        taken[address] = 1
+        taken[wanted] = count
         yield address, body
 
 
-def _nested(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+def _nested(prefix: str, graph: ir.Graph, taken: dict[str, int]) -> Iterator[tuple[str, ir.Graph]]:
     seen: set[ir.Graph] = set()  # a graph held twice, or by itself, is invalid; here it must only end
     stack = [iter([(prefix, graph)])]
     while stack:
@@ -84,7 +89,7 @@ def _nested(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str
             stack.append(_inside(*item, taken))
 
 
-def _inside(prefix: str, graph: ir.Graph, taken: set[str]) -> Iterator[tuple[str, ir.Graph]]:
+def _inside(prefix: str, graph: ir.Graph, taken: dict[str, int]) -> Iterator[tuple[str, ir.Graph]]:
     for node in graph:
         if node.attributes.data:
             yield from inner(prefix, node, taken)

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from .interrupts import uninterrupted
+
 _DONE, _RAISED = b"\0", b"\1"
 
 
@@ -28,31 +30,38 @@ def apart(function: Callable[[bytes], bytes], given: bytes, *, seconds: float, r
     if sys.platform != "linux":
         return function(given)
     inside, outside = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads: the child only calls function
-        try:
-            child = os.fork()
-        except OSError as error:
-            os.close(inside)
-            os.close(outside)
-            raise Gone(f"no process could be started ({error.strerror})") from error
-    if child == 0:
-        _answer(function, given, outside, room)
-    os.close(outside)
+    child = 0
     try:
+        with uninterrupted():  # no interrupt loses the child, or is raised in it
+            try:
+                child = _fork()
+                if child == 0:
+                    _answer(function, given, outside, room)
+            finally:
+                os.close(outside)
         answer = _read(inside, time.monotonic() + seconds)
     except TimeoutError:
         raise Gone(f"it did not end within {seconds:.0f} s") from None
     finally:
         os.close(inside)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     if not answer:
         raise Gone("it crashed, or ran out of memory")
     if answer[:1] == _RAISED:
         raise RuntimeError(answer[1:].decode(errors="replace"))
     return bytes(memoryview(answer)[1:])
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads: the child only calls function
+        try:
+            return os.fork()
+        except OSError as error:
+            raise Gone(f"no process could be started ({error.strerror})") from error
 
 
 def _read(pipe: int, deadline: float) -> bytearray:
@@ -71,7 +80,11 @@ def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, room: i
     try:
         import resource
 
+        signal.set_wakeup_fd(-1)  # the parent's
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        silence = os.open(os.devnull, os.O_WRONLY)  # what native code prints may hold what a terminal acts on
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
         with open("/proc/self/statm") as statm:  # the sixth number: pages of data and stack
             limit = int(statm.read().split()[5]) * resource.getpagesize() + room
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -46,10 +46,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     external data, a tensor whose data do not fit its type and shape, or something that the IR cannot keep.
     """
     place, absolute = printable(os.fspath(path)), os.path.abspath(path)
-    proto = _parse(absolute, place)
-    files = DataFiles(os.path.dirname(absolute), place)
-    intake = Intake(place, files)
-    intake.admit(proto)
+    proto, intake = _admitted(absolute, place)
     with _undisturbed():
         try:
             model = ir.serde.deserialize_model(proto)
@@ -73,9 +70,9 @@ def save(
 
     ``external``: whether tensors of 1 KiB or more go to a data file ``PATH.<12 hex>.data``; None: if the model came
     with one, or they take more than 1.5 GiB. Tensors are computed, read and written one at a time. Data files of
-    ``path`` that the new model does not name are removed, and so is what a killed save left. ``then`` is called when the
-    file is in place, before an interrupt can come between. Saving a model over the
-    file that it was loaded from is safe, and the model stays usable.
+    ``path`` that the new model does not name are removed, and so is what a killed save left. Shapes, axes, scales of
+    Resize and the like stay in the model, whatever their size. ``then`` is called when the file is in place, before an
+    interrupt can come between. Saving a model over the file that it was loaded from is safe, and it stays usable.
 
     The model is not changed. Operator sets are kept; the IR version is kept between what the contents need and 13 (see
     ``versions.saved_ir_version``). The same model gives the same bytes.
@@ -128,6 +125,30 @@ def saved_bytes(model: ir.Model, path: str | os.PathLike[str] = "model.onnx") ->
     layout = plan(model, None, LARGE)
     location = f"{os.path.basename(os.fspath(path))}.{'0' * 12}.data"
     return _compose(model, layout, location).size + layout.data_bytes
+
+
+def _admitted(path: str, place: str) -> tuple[onnx.ModelProto, Intake]:
+    """The file and its data files, checked; read again where it was replaced meanwhile, which takes its data away."""
+    tries = 10
+    while True:
+        before, tries = _identity(path), tries - 1
+        proto = _parse(path, place)
+        intake = Intake(place, DataFiles(os.path.dirname(path), place))
+        try:
+            intake.admit(proto)
+        except BadFile:
+            if not tries or _identity(path) == before:
+                raise
+        else:
+            return proto, intake
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _parse(path: str, place: str) -> onnx.ModelProto:
@@ -207,7 +228,9 @@ def _complete(model: ir.Model, proto: onnx.ModelProto, intake: Intake) -> None:
         for value in graph.initializers.values():
             if type(value.const_value) is ir.TensorProtoTensor:
                 raw, own = value.const_value.raw, value.shape
-                fits = own is not None and own.frozen and own == tuple(raw.dims)  # the file may say another for the value
+                fits = (
+                    own is not None and own.frozen and own == tuple(raw.dims)
+                )  # the file may say another for the value
                 value.const_value = StoredTensor(raw, own if fits else None)
     if intake.annotated:
         mark(model)

@@ -127,6 +127,8 @@ class Intake:
                     f" imports two versions of the operator set '{printable(entry.domain)}': "
                     f"{found[entry.domain]} and {entry.version}"
                 )
+        if found.get("", 1) < 1:
+            self._refuse(f" uses operator set {found['']}; operator sets count from 1, so the file is damaged")
         newest = onnx.defs.onnx_opset_version()
         if found.get("", 0) > newest:
             self._refuse(

@@ -23,6 +23,9 @@ from .trace import Tracer
 INLINE_BELOW = 1 << 10
 """Bytes. Smaller tensors stay in the model: a reference to a data file would take a tenth of that, and a read."""
 
+CONSTANT_FROM = 1 << 20
+"""Bytes. Tensors of Constant nodes from here on need not stay in the model, which is serialized as a whole."""
+
 PAGE, STEP, WASTE = 64 << 10, 64, 16
 """A tensor starts at a multiple of the largest power of two that is at most a ``WASTE``-th of its bytes, between
 ``STEP`` (a cache line, so that any element type is aligned) and ``PAGE`` (which every system can map, as ONNX asks).
@@ -66,8 +69,9 @@ class Layout:
 def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
     """Lay out a model. ``external``: whether there is a data file; None: if the model came with one, or its tensors
     take more than ``large`` bytes. Then it holds the initializers of ``INLINE_BELOW`` bytes or more; the tensors of
-    nodes stay in the model, unless they came from a data file or take more than ``large`` bytes together. Shapes, axes,
-    scales of Resize and the like stay in the model whatever their size.
+    nodes stay in the model, unless they came from a data file or take more than ``large`` bytes together, and those of
+    Constant nodes from ``CONSTANT_FROM`` bytes on. Shapes, axes, scales of Resize and the like stay in the model
+    whatever their size.
     """
     layout = Layout()
     held: list[tuple[Holder, ir.TensorProtocol]] = []
@@ -88,8 +92,9 @@ def plan(model: ir.Model, external: bool | None, large: int) -> Layout:
     for holder, tensor in held:
         came = is_external(tensor)
         small = tensor.nbytes < INLINE_BELOW or tensor.dtype == ir.DataType.STRING
-        movable = external and not small and (not holder.attribute or came or in_nodes > large)
-        if movable and not _is_setting(holder, tensor, tracer):
+        large_constant = tensor.nbytes >= CONSTANT_FROM and _is_constant(holder.owner)
+        movable = not holder.attribute or came or in_nodes > large or large_constant
+        if external and not small and movable and not _is_setting(holder, tensor, tracer):
             key = _storage(tensor)
             if key not in slots:
                 slots[key] = Slot(tensor, _start(layout.data_bytes, tensor.nbytes))
@@ -187,12 +192,16 @@ def _is_setting(holder: Holder, tensor: ir.TensorProtocol, tracer: Tracer) -> bo
         return False
     if isinstance(holder.owner, ir.Value):
         value = holder.owner
-    elif holder.owner.op_type == "Constant" and holder.owner.domain == "":
+    elif _is_constant(holder.owner):
         value = holder.owner.outputs[0]
     else:
         return False
     uses, _ = tracer.uses(value, tensor)
     return any(use.kind is Kind.SHAPE for use in uses)
+
+
+def _is_constant(owner: ir.Value | ir.Node) -> bool:
+    return isinstance(owner, ir.Node) and owner.op_type == "Constant" and owner.domain == ""
 
 
 def _storage(tensor: ir.TensorProtocol) -> object:

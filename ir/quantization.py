@@ -19,9 +19,10 @@ Array = np.ndarray[Any, Any]
 class Quantization:
     """A stored element q stands for (q - zero_point) * scale.
 
-    ``scale`` (float64) and ``zero_point`` (the stored type) have the rank of the stored tensor and size 1 along each
-    axis on which they do not depend. ``axis`` is the channel axis, or the blocked one where ``block`` > 0: then one
-    entry serves ``block`` elements of it. ``axis`` is None per tensor and for more than one axis.
+    ``scale`` (in its own type, for blocks have many) and ``zero_point`` (in the stored type) have the rank of the
+    stored tensor and size 1 along each axis on which they do not depend. ``axis`` is the channel axis, or the blocked
+    one where ``block`` > 0: then one entry serves ``block`` elements of it. ``axis`` is None per tensor and for more
+    than one axis.
     """
 
     scale: Array
@@ -54,7 +55,8 @@ class Quantization:
     def magnitudes(self, stored: Array, shape: Sequence[int], start: int) -> Array:
         """|(q - zero point) * scale| as float64 for the stored flat elements from ``start`` on; exact."""
         steps = self.steps(stored, shape, start)
-        return np.abs(np.multiply(steps, self.at(self.scale, shape, start, start + stored.size), out=steps), out=steps)
+        scale = self.at(self.scale, shape, start, start + stored.size).astype(np.float64)
+        return np.abs(np.multiply(steps, scale, out=steps), out=steps)
 
     def steps(self, stored: Array, shape: Sequence[int], start: int) -> Array:
         """q - zero point as float64 for the stored flat elements from ``start`` on."""

@@ -43,7 +43,7 @@ def form(domain: str, op_type: str, version: int) -> Form | None:
         (schema.min_output, schema.max_output),
         tuple(place for place, formal in enumerate(schema.inputs) if formal.option == _Single),
         frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
-        {name: ir.AttributeType[str(attribute.type).rpartition(".")[2]] for name, attribute in schema.attributes.items()},
+        {name: ir.AttributeType[str(one.type).rpartition(".")[2]] for name, one in schema.attributes.items()},
     )
 
 

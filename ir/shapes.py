@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from .apart import Gone, apart
+from .calls import overgrown
 from .constants import constant_tensor
 from .scopes import Scope, scopes
 
@@ -290,7 +291,7 @@ class _Writer:
         )
         functions = b"".join(
             _chunk(25, bytes(ir.serde.serialize_function(function).SerializeToString()))
-            for function in model.functions.values()
+            for function in (() if overgrown(model) else model.functions.values())
         )
         return b"\x08" + _varint(model.ir_version or 8) + _chunk(7, graph) + opsets + functions
 

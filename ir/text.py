@@ -13,15 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import PurePath
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from .address import bodies, function_prefix, printable
+from .external import MappedTensor
 from .maps import MapType
 from .references import ANNOTATION
 from .sparse import SparseTensor
+from .storage import StreamedTensor
 
 FEW = 8  # elements of a tensor shown by value
 MANY = 64  # elements above which the list of an attribute is cut
@@ -267,6 +270,8 @@ def _digest(tensor: ir.TensorProtocol, size: int) -> str:
         for item in tensor.numpy().reshape(-1):
             content = item if isinstance(item, bytes) else str(item).encode()
             digest.update(len(content).to_bytes(8, "little") + content)
+    elif isinstance(tensor, MappedTensor | StreamedTensor):
+        tensor.tofile(SimpleNamespace(write=digest.update))  # never whole in memory
     else:
         digest.update(tensor.tobytes())
     return digest.hexdigest()

@@ -322,8 +322,9 @@ def _quantization(
     if view.shape is None or scale is None or zero_point is None:
         return None
     parts = []
-    for given, dtype in ((scale, np.dtype(np.float64)), (zero_point, np.dtype(view.dtype.numpy()))):
-        array = _aligned(given.astype(dtype), view.shape, axis)
+    stored = np.dtype(view.dtype.numpy())
+    for given in (scale, zero_point if zero_point.dtype == stored else zero_point.astype(stored)):
+        array = _aligned(given, view.shape, axis)
         array = None if array is None else placed(array, view.axes, view.rank)
         if array is None:
             return None

@@ -244,7 +244,7 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
     attribute = next(iter(node.attributes.values()))
     if attribute.name == "value" and not attribute.is_ref():
         return cast(ir.TensorProtocol, attribute.value)  # as_tensor() checks a protocol, member by member
-    if attribute.name == "sparse_value":
+    if attribute.name == "sparse_value" or not attribute.name.startswith("value_"):
         return None
     return ir.convenience.get_const_tensor(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.errors import PenjingError
+from ..ir.intake import MOST_DIMS
 from ..passes.base import Array, Outputs
 from .feeds import Feeds, read_feeds
 from .inputs import Feed, Input
-from .session import TRIAL_BYTES, DoesNotRun, bounded_run
+from .session import OPENING_SECONDS, TRIAL_BYTES, DoesNotRun, bounded_run, trial
 
 SIZES = (64, 32, 16, 96, 224, 320, 16000, 1)  # tried for open dimensions; 1 last, since it shows the least of a model
 RATES = (1, 8000, 16000)  # tried for integer scalars and vectors: a count, or a sampling rate in Hz
@@ -44,22 +46,15 @@ def random_feeds(
     inputs = [given for value in model.graph.inputs if (given := Input.of(value)).required]
     if odd := [given for given in inputs if given.dtype is None]:
         raise NoFeeds(f"the input {odd[0]} is of a type that no random feed is drawn for")
+    if deep := [given for given in inputs if len(given.axes()) > MOST_DIMS]:
+        raise NoFeeds(f"the input {deep[0]} has more than {MOST_DIMS} dimensions")
     deadline = time.monotonic() + seconds
-    try:
-        run = run or bounded_run(model, seconds=seconds)
-    except DoesNotRun as error:
-        raise NoFeeds(f"the model does not run: {error}") from error
-    first, tried = "", 0
-    for sizes, rate in _candidates(inputs):
-        if time.monotonic() > deadline:
-            raise NoFeeds(f"no random feed ran within {seconds:g} s; of {tried} tried, the first failed: {first}")
-        draws = (_draw(inputs, sizes, rate, seed, number) for number in range(count))
-        reason = _too_big(inputs, sizes) or _why_not(run, next(draws))
-        if reason is None:
-            kept = [0, *(number for number, feed in enumerate(draws, 1) if _why_not(run, feed) is None)]
-            return _drawn(inputs, sizes, rate, seed, kept)
-        first, tried = first or reason, tried + 1
-    raise NoFeeds(f"no random feed ran; of {tried} tried, the first failed: {first}")
+    if run is None:
+        place, kept = _search_apart(model, inputs, seed, count, deadline, seconds)
+    else:
+        place, kept = _search(run, inputs, seed, count, deadline, seconds)
+    sizes, rate = next(itertools.islice(_candidates(inputs), place, None))
+    return _drawn(inputs, sizes, rate, seed, kept)
 
 
 def feeds_for(model: ir.Model, data: Any = None, seed: int = 0) -> Feeds:
@@ -70,6 +65,46 @@ def feeds_for(model: ir.Model, data: Any = None, seed: int = 0) -> Feeds:
         return random_feeds(model, seed)
     except NoFeeds as error:
         raise NoFeeds(f"This needs sample inputs, give them with --data: {error}") from error
+
+
+def _search(
+    run: Callable[[Feed], Outputs], inputs: Sequence[Input], seed: int, count: int, deadline: float, seconds: float
+) -> tuple[int, list[int]]:
+    """The place of the first candidate that runs, and the numbers of its draws that do. Raises ``NoFeeds``."""
+    first, tried = "", 0
+    for place, (sizes, rate) in enumerate(_candidates(inputs)):
+        if time.monotonic() > deadline:
+            raise NoFeeds(f"no random feed ran within {seconds:g} s; of {tried} tried, the first failed: {first}")
+        draws = (_draw(inputs, sizes, rate, seed, number) for number in range(count))
+        reason = _too_big(inputs, sizes) or _why_not(run, next(draws))
+        if reason is None:
+            return place, [0, *(number for number, feed in enumerate(draws, 1) if _why_not(run, feed) is None)]
+        first, tried = first or reason, tried + 1
+    raise NoFeeds(f"no random feed ran; of {tried} tried, the first failed: {first}")
+
+
+def _search_apart(
+    model: ir.Model, inputs: Sequence[Input], seed: int, count: int, deadline: float, seconds: float
+) -> tuple[int, list[int]]:
+    """``_search`` with bounded runs of ``model``, where no crash of theirs can harm. Raises ``NoFeeds``."""
+
+    def search() -> str:
+        try:
+            run = bounded_run(model, seconds=seconds)
+        except DoesNotRun as error:
+            return json.dumps(f"the model does not run: {error}")
+        try:
+            return json.dumps(_search(run, inputs, seed, count, deadline, seconds))
+        except NoFeeds as error:
+            return json.dumps(str(error))
+
+    try:
+        found = json.loads(trial(search, model, seconds=OPENING_SECONDS + seconds))
+    except DoesNotRun as error:
+        raise NoFeeds(str(error)) from error
+    if isinstance(found, str):
+        raise NoFeeds(found)
+    return found[0], found[1]
 
 
 def _candidates(inputs: Sequence[Input]) -> Iterator[tuple[dict[str, int], int]]:

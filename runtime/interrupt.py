@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -18,8 +19,9 @@ from ..ir.interrupts import SIGNALS
 
 T = TypeVar("T")
 
+_IMPORT_SECONDS = 3.0  # for which an import may go on before it is broken off
 _SHOW_CURSOR = "\x1b[?25h"
-_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _STOPPABLE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -33,7 +35,14 @@ def stoppable(options: T) -> T:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Not a plain one: where that leaves an ``exec``, Python takes it for unhandled and dies of the signal in the end."""
+    """Not a plain one: where that leaves an ``exec``, Python takes it for unhandled and dies of the signal in the end.
+
+    It is freed when it was dealt with. That this is so before the program ends means that somebody's code dropped it,
+    a destructor or native code, so it comes again.
+    """
+
+    def __init__(self) -> None:
+        Interrupts.raised = weakref.ref(self, _again)
 
 
 class Interrupts:
@@ -44,13 +53,15 @@ class Interrupts:
     are not given back, since the process ends with the block.
     """
 
-    caught: ClassVar[int | None] = None
+    caught: ClassVar[signal.Signals | None] = None
+    first: ClassVar[float | None] = None  # when, by the monotonic clock
+    raised: ClassVar[weakref.ref[Interrupted] | None] = None
 
     def __enter__(self) -> None:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=_stop_native, args=(reader,), daemon=True).start()
+        threading.Thread(target=_watch, args=(reader,), daemon=True).start()
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -68,26 +79,44 @@ class Interrupts:
             sys.exit(128 + Interrupts.caught)
 
 
-def _act(number: int, _: FrameType | None) -> None:
-    if Interrupts.caught is None:
-        Interrupts.caught = number
+def _act(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    Interrupts.first = Interrupts.first or now
+    if Interrupts.caught is None and not (_imports(frame) and now < Interrupts.first + _IMPORT_SECONDS):
+        Interrupts.caught = signal.Signals(number)
         raise Interrupted
 
 
-def _unraisable(hook: Callable[[Any], object], lost: Any) -> None:
-    """An interrupt that came where Python can raise nothing, as in a destructor, comes again."""
-    number = Interrupts.caught
-    if number is None or lost.exc_type is not Interrupted:
-        hook(lost)
-        return
-    Interrupts.caught = None
-    threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a native module is being imported: some drop an exception there, or are half-made and crash later."""
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+            return True
+        frame = frame.f_back
+    return False
 
 
-def _stop_native(reader: int) -> None:
-    while os.read(reader, 1):
+def _again(_: weakref.ref[Interrupted]) -> None:
+    number, Interrupts.caught = Interrupts.caught, None
+    if number is not None:
+        _thread.interrupt_main(number)
+
+
+def _watch(reader: int) -> None:
+    """Stop native code at each signal, and send the signal again until it was acted on."""
+    while number := os.read(reader, 1)[0]:
+        if number not in SIGNALS:
+            continue
         for options in list(_STOPPABLE):
             if hasattr(options, "terminate"):
                 options.terminate = True
             else:
                 options.set_load_cancellation_flag(True)
+        time.sleep(0.02)
+        if Interrupts.caught is None:
+            _thread.interrupt_main(signal.Signals(number))
+
+
+def _unraisable(hook: Callable[[Any], object], lost: Any) -> None:
+    if lost.exc_type is not Interrupted:
+        hook(lost)

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from ..ir.errors import BadFile, UsageError, nearest
 from .functions import code_files, is_file, split
 
-MOST_BYTES = 2**16  # a page or two of text is a recipe; reading more is a way to keep a parser busy
+MOST_BYTES = 2**14  # the parser takes a second for the worst that fits in them, by the square of the bytes
 
 
 class Text(click.types.StringParamType):
@@ -103,10 +103,12 @@ def _parse(path: str, place: str) -> dict[str, Any]:
 def _read(path: str, place: str) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
-        with open(handle, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise BadFile(f"{place} is not a regular file; a recipe is a TOML file.")
-            contents = file.read(MOST_BYTES + 1)
+            contents = os.read(handle, MOST_BYTES + 1)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise BadFile(f"{place} does not exist; a recipe is a TOML file.") from None
     except (OSError, ValueError) as error:
@@ -197,7 +199,9 @@ def _path(value: Any, folder: str) -> str:
 
 def _code(kind: Code, value: Any, folder: str) -> str:
     """A file is found from the recipe's folder; a module is no path."""
-    parts, path = split(_text(value)), _path(value, folder)
+    expected = "FILE.py:FUNCTION, as text"
+    parts = split(_text(value, f"a path or {expected}" if kind.or_path else expected))
+    path = _path(value, folder)
     if kind.or_path and (parts is None or os.path.exists(path)):
         return path
     return value if parts is None or not is_file(parts[0]) else path

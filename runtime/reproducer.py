@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ir.errors import PenjingError, UsageError
+from ..ir.address import printable
+from ..ir.errors import BadFile, PenjingError, UsageError
 from ..ir.files import load, save
 from ..ir.interrupts import uninterrupted
 from ..passes.pipeline import Pipeline
@@ -64,18 +65,28 @@ def write_reproducer(
     try:
         _write(partial, breach, report, bounds, metric, strict)
         with uninterrupted():
-            remove_reproducer(folder)
+            remove_reproducer(folder, partial)
             partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def remove_reproducer(folder: str | os.PathLike[str]) -> None:
-    """Remove the reproducer ``folder``, if it is one, and what a killed process left of another."""
+def require_room(folder: str | os.PathLike[str]) -> None:
+    """Raise ``BadFile`` where something else than an earlier reproducer is in the place of ``folder``."""
+    folder = Path(folder)
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "run.json").is_file()):
+        raise BadFile(
+            f"{printable(str(folder))} is in the way: what shows a failed check would go there; move it, or name "
+            "another output."
+        )
+
+
+def remove_reproducer(folder: str | os.PathLike[str], but: Path | None = None) -> None:
+    """Remove the reproducer ``folder``, if it is one, and what a killed process left of others, ``but`` excepted."""
     folder = Path(folder)
     partial = re.compile(re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial")
-    left = [path for path in folder.parent.iterdir() if partial.fullmatch(path.name)]
+    left = [path for path in folder.parent.iterdir() if partial.fullmatch(path.name) and path != but]
     for path in [folder, *left] if (folder / "run.json").exists() else left:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from .feeds import Labels, read_feeds, read_labels
 from .functions import load_function
 from .progress import Progress
 from .report import CheckReport, MetricReport, Mode, PassReport, Report
-from .reproducer import write_reproducer
+from .reproducer import require_room, write_reproducer
 from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
 from .sizes import too_large
 
@@ -115,6 +115,8 @@ def run(
     bounds = Bounds(max_drop, max_error, min_sqnr)
     _require_usable(model, check, seed)
     pipeline = Pipeline.of(passes)
+    if reproducer is not None:
+        require_room(reproducer)
     if max_drop is not None and metric is None:
         raise UsageError("--max-drop bounds the loss of a metric; give one with --metric FILE.py:FUNCTION.")
     large = too_large(model)

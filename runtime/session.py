@@ -21,13 +21,14 @@ import onnx_ir as ir
 
 from ..ir import files
 from ..ir.address import printable
+from ..ir.apart import Gone, apart
 from ..ir.errors import BadFile, PenjingError, UsageError, nearest, one_line
 from ..ir.interrupts import uninterrupted
 from ..ir.tensors import standing_in, tensors
 from ..ir.versions import greatest_need, needed_ir_version
 from ..passes.base import Array, Feeds, Outputs
-from .sizes import too_large
 from .interrupt import stoppable
+from .sizes import too_large
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -37,6 +38,7 @@ Metric = Callable[["InferenceSession"], float]
 
 LARGE = 256 * 2**20  # bytes of weights above which a model is memory-mapped, not copied into a session
 TRIAL_BYTES = 2**30  # activations that a trial run may take
+OPENING_SECONDS = 300  # that opening a session may take at first
 _GROWTH = 2**24  # bytes by which their memory grows at most, where one value does not ask for more
 _INLINE = 32 * 2**20  # bytes of weights that go beside mapped ones: they are held three times on the way
 _FOLDED = 2**20  # bytes of what ONNX Runtime computes ahead in a mapped model
@@ -97,11 +99,39 @@ def why_not_runnable(model: ir.Model) -> str | None:
     """The reason, as a clause, why the installed ONNX Runtime does not take ``model``, or ``None`` where it does."""
     if reason := _too_new(model) or too_large(model):
         return reason
+
+    def opened() -> str:
+        try:
+            open_session(model)
+        except DoesNotRun as error:
+            return str(error)
+        return ""
+
     try:
-        open_session(model)
+        return trial(opened, model, seconds=OPENING_SECONDS) or None
     except DoesNotRun as error:
         return str(error)
-    return None
+
+
+def trial(function: Callable[[], str], model: ir.Model, *, seconds: float) -> str:
+    """What ``function``, which opens or runs ``model``, says: asked in a process of its own, for ONNX Runtime crashes
+    on some models that it takes. Raises ``DoesNotRun`` where that crashes, or takes more than ``seconds`` or memory.
+    """
+    limits()  # imports ONNX Runtime and asks it, which a process that ends cannot keep
+
+    def run(folder: bytes) -> bytes:
+        before, tempfile.tempdir = tempfile.tempdir, os.fsdecode(folder)
+        try:
+            return function().encode()
+        finally:
+            tempfile.tempdir = before
+
+    with tempfile.TemporaryDirectory(prefix="penjing-") as folder:  # goes with what a process that was killed left
+        try:
+            room = 2 * TRIAL_BYTES + 4 * tensor_bytes(model)
+            return apart(run, os.fsencode(folder), seconds=seconds, room=room).decode()
+        except Gone as error:
+            raise DoesNotRun(f"ONNX Runtime was tried in a process of its own, and {error}.") from error
 
 
 def require_runnable(model: ir.Model, place: str) -> None:
@@ -445,6 +475,7 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"^In Node, .* Error (?=\S)", "", text)
     text = re.sub(r"^Unsupported model (IR version): (\d+), max supported IR version: (\d+)", _lowered, text)
     text = text.replace(" node with name ''", "").strip().rstrip(".")
+    text = printable(text)  # it repeats names as the file has them
     return f"{text}." if len(text) <= 300 else f"{text[:297]}..."
 
 

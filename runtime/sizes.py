@@ -1,4 +1,4 @@
-"""Values that no run can hold, told from the shapes before anything runs: a few bytes of file can ask for any amount."""
+"""Values that no run can hold, told from the shapes before anything runs: a few bytes can ask for any amount."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..ir.address import graphs, printable
+from ..ir.calls import overgrown
 from ..ir.shapes import inferred
 
-_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def too_large(model: ir.Model, available: int | None = None) -> str | None:
     """Why ``model`` cannot run in ``available`` bytes (None: what the machine has), as a clause; ``None`` if it may.
 
-    A value counts with each unknown dimension as 1, so one that is named is too large on any input. What bodies of
-    functions compute is not looked at.
+    Too large are also functions that stand for more nodes than ``ir.calls`` allows. A value counts with each unknown
+    dimension as 1, so one that is named is too large on any input. What bodies of functions compute is not looked at.
     """
+    if reason := overgrown(model):
+        return reason
     available = machine_bytes() if available is None else available
     try:
         found = {value: (item.type, item.dims) for value, item in inferred(model).items()}
@@ -40,7 +43,7 @@ def too_large(model: ir.Model, available: int | None = None) -> str | None:
 def machine_bytes() -> int:
     """Bytes of memory of this machine, or that the control group of this process may have, if that is less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [1 << 34]
-    for file in map(Path, _GROUPS):
+    for file in map(Path, GROUPS):
         try:
             text = file.read_text().strip()
         except OSError:
@@ -59,4 +62,4 @@ def _least_bytes(type_: ir.TypeProtocol | None, dims: tuple[object, ...]) -> int
 
 
 def _words(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e9:,.1f} GB" if size < 1 << 64 else "over 2^64 bytes"

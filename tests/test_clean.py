@@ -650,3 +650,13 @@ def test_a_shape_that_a_value_takes_over_from_an_output_brings_its_node_back(par
     """)
     clean(model, "infer-shapes,remove-identities")
     assert operators(model) == ["If"]
+
+
+def test_fold_constants_casts_like_a_type_that_is_known_once_something_has_folded(parse: Parse) -> None:
+    model = parse(
+        "g (float[2] x, int64[2] n) => (float[2] y) {"
+        "  one = Constant<value_int=1>()  like = CastLike(one, x)  c = CastLike(n, like)  y = Add(c, like) }"
+    )
+    clean(model, "fold-constants")
+    assert [node.op_type for node in model.graph] == ["Cast", "Add"]
+    assert not clean(model, "fold-constants").changes

@@ -158,7 +158,8 @@ def test_a_graph_that_holds_itself(parse: Parse) -> None:
     model = parse(CHAIN)
     model.graph.node("second").attributes["then_branch"] = ir.AttrGraph("then_branch", model.graph)
     assert problems(model) == [
-        "second/then/: this graph is already in the model as the main graph; give each place a clone."
+        "second: Neg has no attribute 'then_branch', and so no use for a graph in it.",
+        "second/then/: this graph is already in the model as the main graph; give each place a clone.",
     ]
 
 

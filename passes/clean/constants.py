@@ -54,12 +54,12 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Folds, lets shapes follow and what does nothing now go, and folds again until nothing more does."""
-        rewrite(model, [cast_like_a_known_type], ctx)
         changed, skipped, told = True, dict[ir.Node, tuple[str, str]](), len(ctx.ledger.skips)
         while changed:
             skipped.clear()
             del ctx.ledger.skips[told:]
-            changed = sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
+            cast = rewrite(model, [cast_like_a_known_type], ctx)  # each round knows more types
+            changed = cast + sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
             if changed:
                 infer_shapes(model)
                 remove_identities(model, ctx)
@@ -261,8 +261,12 @@ class _Folder:
                 yield node.outputs[0], array
 
     def region(self, nodes: list[ir.Node], results: list[ir.Value]) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
-        """A model without inputs that computes ``results``, and the original of each of its values."""
+        """A model that computes ``results``, and the original of each of its values.
+
+        Its inputs are the large constants, each the ``const_value`` of its input: so they need not be copied to run it.
+        """
         copies: dict[ir.Value, ir.Value] = {}
+        inputs: list[ir.Value] = []
         initializers: list[ir.Value] = []
         made = []
 
@@ -274,7 +278,7 @@ class _Folder:
                 const_value=_renamed(tensor, f"v{len(copies)}"),
             )
             copies[value] = copy
-            initializers.append(copy)
+            (inputs if tensor.nbytes >= LARGE and tensor.dtype in _PLAIN else initializers).append(copy)
 
         for node in nodes:
             array = self.dimensions.known(node)
@@ -290,11 +294,16 @@ class _Folder:
                 copies[value] = ir.Value(name=f"v{len(copies)}" if value.name != "" else "")
                 copies[value].type, copies[value].shape = value.type, value.shape
                 outputs.append(copies[value])
-            inputs = [None if value is None else copies[value] for value in node.inputs]
-            made.append(ir.Node("", node.op_type, inputs, node.attributes, outputs=outputs))
+            operands = [None if value is None else copies[value] for value in node.inputs]
+            made.append(ir.Node("", node.op_type, operands, node.attributes, outputs=outputs))
         wanted = [copies[value] for value in dict.fromkeys(results) if copies[value].producer() is not None]
         graph = ir.Graph(
-            [], wanted, nodes=made, initializers=initializers, opset_imports=dict(self.scope.opset), name="constants"
+            inputs,
+            wanted,
+            nodes=made,
+            initializers=initializers,
+            opset_imports=dict(self.scope.opset),
+            name="constants",
         )
         region = ir.Model(graph, ir_version=min(self.model.ir_version or 8, RUNNABLE))
         return region, {copy: value for value, copy in copies.items()}
@@ -412,14 +421,17 @@ def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
 
 
 def _run(region: ir.Model, ctx: Context) -> dict[str, Array]:
-    """The outputs of a model without inputs, by the runner where there is one, else by ONNX's reference."""
+    """The outputs of a region, by the runner where there is one, else by ONNX's reference."""
+    feed = {
+        value.name or "": value.const_value.numpy() for value in region.graph.inputs if value.const_value is not None
+    }
     if ctx.has("runner"):
-        return dict(next(iter(ctx.runner.run(region, [{}], level="off"))))
+        return dict(next(iter(ctx.runner.run(region, [feed], level="off"))))
     from onnx.reference import ReferenceEvaluator
 
     evaluator = ReferenceEvaluator(ir.to_proto(region))
     with np.errstate(all="ignore"):
-        arrays = evaluator.run(None, {})
+        arrays = evaluator.run(None, feed)
     return {
         value.name or "": np.asarray(array, value.dtype.numpy() if value.dtype is not None else None)
         for value, array in zip(region.graph.outputs, arrays, strict=True)

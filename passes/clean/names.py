@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from ...ir.edit import Names
@@ -28,11 +31,12 @@ class UnifyNames(Pass):
         for value in kept:
             if _clean(value.name or "") != value.name:
                 ctx.skip(value, "an input or output of the model, whose name is its interface")
+        names = functools.cache(lambda: Names(model))  # made when the first is needed, once for all functions
         tree: object = self
         for scope in scopes(model):
             if scope.function is not tree:
                 tree = scope.function
-                known = _Known(model, {value.name or "" for value in kept} if tree is None else set())
+                known = _Known(names, {value.name or "" for value in kept} if tree is None else set())
             known.values(scope, kept, ctx)
             known.nodes(scope, ctx)
 
@@ -40,11 +44,10 @@ class UnifyNames(Pass):
 class _Known:
     """The names met so far in one tree of graphs."""
 
-    def __init__(self, model: ir.Model, taken: set[str]) -> None:
-        self.model = model
+    def __init__(self, names: Callable[[], Names], taken: set[str]) -> None:
+        self.names = names
         self.taken = taken
         self.node_names: set[str] = set()
-        self.names: Names | None = None
 
     def values(self, scope: Scope, kept: dict[ir.Value, None], ctx: Context) -> None:
         taken = self.taken
@@ -69,8 +72,7 @@ class _Known:
                 ctx.change(scope.address(node), f"node renamed, {_fault(name)}")
 
     def fresh(self, stem: str) -> str:
-        self.names = self.names or Names(self.model)
-        return self.names.fresh(stem)
+        return self.names().fresh(stem)
 
 
 def _stem(value: ir.Value) -> str:

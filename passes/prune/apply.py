@@ -91,7 +91,7 @@ def _shrunk(stored: Stored, held: Array, rest: Array, start: int) -> Array:
         return np.copysign(left, held.astype(np.float64)).astype(held.dtype)
     stop = start + held.size
     steps = quantization.steps(held, stored.shape, start)
-    scale = np.abs(quantization.at(quantization.scale, stored.shape, start, stop))
+    scale = np.abs(quantization.at(quantization.scale, stored.shape, start, stop).astype(np.float64))
     left = np.minimum(np.maximum(np.rint(rest / scale), 1), np.abs(steps))
     zero_point = quantization.at(quantization.zero_point, stored.shape, start, stop).astype(np.float64)
     return np.asarray(zero_point + np.copysign(left, steps)).astype(held.dtype)

@@ -134,10 +134,10 @@ def foldable(folder: Path, width: int = 8192) -> Path:
     return chain.write(["batch", width, 1, 1], ["batch", width])
 
 
-def sparse(folder: Path, weights: int = 16) -> Path:
+def sparse(folder: Path, weights: int = 16, rows: int = 147_456) -> Path:
     """13.4 GB of zeros that take no disk: a table of 4.8 GB, and weights of 512 MiB."""
     chain = Chain(folder, 8192)
-    chain.value = chain.node("Gather", chain.weight(147_456, 8192, hole=True), chain.constant(np.array([0])))
+    chain.value = chain.node("Gather", chain.weight(rows, 8192, hole=True), chain.constant(np.array([0])))
     for place in range(weights):
         dims = (8192, 16384) if place % 2 == 0 else (16384, 8192)
         chain.step("MatMul", chain.weight(*dims, hole=True))
@@ -243,7 +243,7 @@ def with_body(weight: ir.TensorProtocol, inner: ir.TensorProtocol, constant: ir.
     x = ir.val("x", dtype=ir.DataType.BOOL, shape=ir.Shape([]))
     held = ir.val("b", const_value=inner, type=ir.TensorType(inner.dtype), shape=ir.Shape(inner.shape.numpy()))
     main = ir.val("w", const_value=weight, type=ir.TensorType(weight.dtype), shape=ir.Shape(weight.shape.numpy()))
-    made = ir.node("Constant", [], [ir.AttrTensor("value", constant)], name="constant")
+    made = ir.node("Constant", [], {"value": constant}, name="constant")
     made.outputs[0].name = "c"
     summed = ir.node("Add", [main, made.outputs[0]], name="add")
     kept = ir.node("Identity", [held], name="keep")
@@ -254,9 +254,7 @@ def with_body(weight: ir.TensorProtocol, inner: ir.TensorProtocol, constant: ir.
     for number, body in enumerate(bodies):
         body.outputs[0].name = f"o{number}"
         body.outputs[0].type, body.outputs[0].shape = main.type, main.shape
-    branch = ir.node(
-        "If", [x], [ir.AttrGraph("then_branch", bodies[0]), ir.AttrGraph("else_branch", bodies[1])], name="if"
-    )
+    branch = ir.node("If", [x], {"then_branch": bodies[0], "else_branch": bodies[1]}, name="if")
     branch.outputs[0].name = "y"
     branch.outputs[0].type, branch.outputs[0].shape = main.type, main.shape
     graph = ir.Graph([x], branch.outputs, nodes=[branch], initializers=[main], opset_imports={"": 17}, name="main")
@@ -329,7 +327,7 @@ MAKERS = {"layers": layers, "foldable": foldable, "sparse": sparse}
 
 def record_all() -> str:
     """The table."""
-    rows = ["| model | what | bytes | peak MB | seconds |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| model | what | bytes written | peak MB | seconds |", "| --- | --- | --- | --- | --- |"]
     for maker in ("layers", "foldable", "sparse", "memory"):
         with tempfile.TemporaryDirectory(prefix="penjing-big-") as folder:
             if maker in MAKERS:
@@ -342,8 +340,9 @@ def record_all() -> str:
                 seconds = found["seconds"].get("all", sum(found["seconds"].values()))
                 parts = ", ".join(f"{name} {spent:.2f}" for name, spent in found["seconds"].items() if name != "all")
                 size = sum(item.stat().st_size for item in Path(folder).glob("*.data") if item.name[0] != "o")
+                written = f"{found['bytes']:,}" if maker != "sparse" else "none"
                 rows.append(
-                    f"| {maker}, {(size or found['bytes']) / 1e9:.2f} GB | {what} | {found['bytes']:,} "
+                    f"| {maker}, {(size or found['bytes']) / 1e9:.2f} GB | {what} | {written} "
                     f"| {found['peak'] / 1e6:.0f} | {seconds:.1f}{f' ({parts})' * (', ' in parts)} |"
                 )
                 print(rows[-1], flush=True)

@@ -50,6 +50,12 @@ MAY_REFUSE = ("penjing.passes.convert.",)
 """Modules of passes that may refuse a model with a sentence, if they leave it as it was. Others may not."""
 
 
+KNOWN = {
+    ("raise-opset{to=26}", "test_swish"): "ONNX Runtime 1.31 takes Swish in models of opset 24 only",
+}
+"""What ONNX Runtime does not take after a pass, by step and case; a fault where it does."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A way to change a model. ``rounding`` counts its passes that may round."""
@@ -79,7 +85,7 @@ class Behaviour:
 
 @dataclass
 class Result:
-    """What was found of one model at one step. ``refused`` is the sentence of a pass that does not do this model."""
+    """What was found of one model at one step. ``refused`` says why the pass, or ONNX Runtime after it, does not do."""
 
     changed: bool = False
     verified: bool = False
@@ -151,7 +157,6 @@ class Examination:
         self.refer = True
         self.before = self.behaviour(folder / "runnable.onnx")
         self.refer = self.before.outputs is None and self.before.unreferred is None
-        self.steady = self._is_steady()
         self._exclude()
 
     def keep(self) -> None:
@@ -198,6 +203,9 @@ class Examination:
         if text(model, digests=True) != once:
             result.faults.append("a second run changes something")
         self.judge(result, output, step.rounding)
+        if reason := KNOWN.get((step.name, self.case.name)):
+            result.faults = [] if result.faults else [f"known not to hold, and does: {reason}"]
+            result.refused = reason
 
     def judge(self, result: Result, path: Path, rounding: int) -> None:
         """Hold a file to what the original does, ``rounding`` the passes that may round on the way."""
@@ -214,7 +222,7 @@ class Examination:
             result.faults.append(f"ONNX Runtime takes it no more: {after.not_run}")
         elif before.outputs and after.outputs is None:
             result.faults.append(f"it runs no more: {after.not_run}")
-        elif before.outputs and after.outputs and self.steady:
+        elif before.outputs and after.outputs:
             result.compared = True
             result.faults += self._breaches(before.outputs, after.outputs, rounding)
         result.checked = before.unchecked is None and after.unchecked is None
@@ -244,16 +252,6 @@ class Examination:
             self.known[content] = Behaviour(opens, outputs, reason, unexpected, unreferred, *checks)
         return self.known[content]
 
-    def _is_steady(self) -> bool:
-        """Whether the original gives the same outputs twice; with random operators it does not."""
-        if self.before.outputs is None:
-            return True
-        _, again, _ = _run(self.folder / "runnable.onnx", self.case, LEVELS[1:])
-        verdict = Judge()
-        for old, new in zip(self.before.outputs[1], again[0] if again else [], strict=True):
-            verdict.add(old, None, new)
-        return not verdict.breaches("same")
-
     def _exclude(self) -> None:
         before, excluded = self.before, self.found.excluded
         if before.not_run:
@@ -263,8 +261,6 @@ class Examination:
                 excluded["reference"] = before.unreferred
         elif before.unexpected:
             excluded["expected"] = before.unexpected
-        if not self.steady:
-            excluded["steady"] = "ONNX Runtime gives other outputs each time"
         if before.unchecked:
             excluded["checker"] = before.unchecked
         elif before.half_checked:
@@ -286,10 +282,10 @@ def examine(case: Case, folder: Path, steps: Sequence[Step]) -> Found:
     return examination.found
 
 
-def _run(path: Path, case: Case, levels: Sequence[str] = LEVELS) -> tuple[bool, list[list[Outputs]] | None, str | None]:
+def _run(path: Path, case: Case) -> tuple[bool, list[list[Outputs]] | None, str | None]:
     """Whether ONNX Runtime takes a file; its outputs at each level, or the reason that it says."""
     try:
-        sessions = [open_session(path, level=level) for level in levels]
+        sessions = [open_session(path, level=level) for level in LEVELS]
     except DoesNotRun as error:
         return False, None, str(error)
     try:
