@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-import unicodedata
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,28 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    """Say what went wrong, or raise it again for ``debug``; the exit code."""
+    """Say what went wrong, with the traceback for ``debug``; the exit code."""
     if isinstance(error, click.ClickException):
         error.show()
         return 2
-    if debug:
-        raise error
     if isinstance(error, PenjingError):
-        _tell(str(error))
-        return error.exit_code
-    if isinstance(error, OSError):
-        _tell(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
-        return 2
-    _tell(
-        f"an error of penjing itself: {type(error).__name__}: {error}. Run again with --debug for the traceback, "
-        "and report it."
-    )
-    return 1
+        code, sentence = error.exit_code, str(error)
+    elif isinstance(error, OSError):
+        code, sentence = 2, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
+    else:
+        sentence = f"an error of penjing itself: {type(error).__name__}: {error}."
+        code, sentence = 1, f"{sentence} Run again with --debug for the traceback, and report it."
+    if debug:
+        traceback.print_exception(error)
+    else:
+        _tell(sentence)
+    return code
 
 
 def _tell(sentence: str) -> None:
     """Say it on standard error, with what a terminal would act on in backslash form."""
-    shown = (c if c == "\n" or unicodedata.category(c) != "Cc" else ascii(c)[1:-1] for c in sentence)
+    shown = (c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in sentence)
     click.echo(f"penjing: {''.join(shown)}", err=True)
 
 
@@ -129,6 +128,7 @@ def _with_recipe(context: click.Context, _: click.Parameter, path: str | None) -
 @click.pass_context
 def run(
     context: click.Context,
+    /,
     model: str,
     passes: str,
     output: str,
@@ -317,7 +317,7 @@ def _require_targets(output: str, json_file: str | None, force: bool, reads: Map
     """Raise ``PenjingError`` where writing would fail in the end, or hit what is read; OUT may replace MODEL."""
     writes = {"-o": output} | ({"--json": json_file} if json_file else {})
     for name, target in writes.items():
-        for other, source in (reads | writes).items():
+        for other, source in {**reads, **writes}.items():
             if source is None or other == name or (name, other) == ("-o", "MODEL"):
                 continue
             if _entry(target) in (_entry(source), os.path.realpath(source)):

@@ -197,7 +197,8 @@ class _Walk:
             if not a or not b:
                 only = f"{what} '{printable(name)}'"
                 sentence = f"{only} was not there" if b else f"{only} is gone"
-                self._say(place, sentence, lone((a or b)[0], bool(b)))
+                reasons = [lone(item, bool(b)) for item in a or b]
+                self._say(place, sentence, None if None in reasons else reasons[0])
                 continue
             if len(a) != len(b):
                 alike = all(says(item) == says(side[0]) for side in (a, b) for item in side)

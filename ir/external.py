@@ -97,8 +97,7 @@ class DataFiles:
         if os.path.commonpath((base, path)) != base:
             raise refusal("lies outside the model's folder; copy it into the folder and name it without '..' or links")
         try:
-            # NONBLOCK: opening a pipe must not wait; NOFOLLOW: the path was resolved above and must still be plain.
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            handle = _open_below(base, os.path.relpath(path, base))
         except FileNotFoundError:
             raise refusal(f"is missing; it belongs beside the model, in {self.folder}") from None
         except OSError as error:
@@ -116,6 +115,21 @@ class DataFiles:
             raise refusal(f"cannot be read: {_reason(error)}") from None
         finally:
             os.close(handle)
+
+
+def _open_below(base: str, relative: str) -> int:
+    """Open ``relative``, which holds no links, step by step: what becomes a link after that was seen is not followed."""
+    plain = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    folder = os.open(base, plain | os.O_DIRECTORY)
+    *above, name = relative.split(os.sep)
+    try:
+        for part in above:
+            inner = os.open(part, plain | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(name, plain | os.O_NONBLOCK, dir_fd=folder)  # NONBLOCK: opening a pipe must not wait
+    finally:
+        os.close(folder)
 
 
 def _reason(error: OSError) -> str:

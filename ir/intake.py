@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import onnx
@@ -348,7 +348,21 @@ def _info_texts(infos: Iterable[onnx.ValueInfoProto]) -> list[str]:
             tensor.elem_type = 0  # its default, UNDEFINED: a shape without a type would not be written
         if info.metadata_props:
             texts += _entries(info)
+        if not info.type.SerializeToString().isascii():
+            texts += _type_texts(info.type)
     return texts
+
+
+def _type_texts(kind: onnx.TypeProto) -> Iterator[str]:
+    """Denotations and the names of dimensions."""
+    yield kind.denotation
+    for tensor in (kind.tensor_type, kind.sparse_tensor_type):
+        for dim in tensor.shape.dim:
+            yield dim.dim_param
+            yield dim.denotation
+    for field, inner in (("sequence_type", "elem_type"), ("optional_type", "elem_type"), ("map_type", "value_type")):
+        if kind.HasField(field):
+            yield from _type_texts(getattr(getattr(kind, field), inner))
 
 
 def _entries(message: _Described) -> list[str]:

@@ -246,6 +246,10 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
         return cast(ir.TensorProtocol, attribute.value)  # as_tensor() checks a protocol, member by member
     if attribute.name == "sparse_value" or not attribute.name.startswith("value_"):
         return None
+    if attribute.type in (ir.AttributeType.STRING, ir.AttributeType.STRINGS) and not attribute.is_ref():
+        strings = attribute.value
+        encoded = strings.encode() if isinstance(strings, str) else [text.encode() for text in strings]
+        return ir.StringTensor(np.array(encoded, object), name=value.name)
     return ir.convenience.get_const_tensor(value)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..ir.address import printable
 from ..ir.errors import PenjingError
 from ..ir.intake import MOST_DIMS
 from ..passes.base import Array, Outputs
@@ -183,8 +184,8 @@ def _all_nan(outputs: Outputs) -> bool:
 
 
 def _drawn(inputs: Sequence[Input], sizes: Mapping[str, int], rate: int, seed: int, kept: Sequence[int]) -> Feeds:
-    words = [f"{key}={size}" for key, size in sizes.items()]
-    words += [f"{one.name}={rate}" for one in inputs if _is_rate(one)]
+    words = [f"{printable(key)}={size}" for key, size in sizes.items()]
+    words += [f"{printable(one.name)}={rate}" for one in inputs if _is_rate(one)]
     source = f" ({', '.join(words)})" if words else ""
 
     def walk() -> Iterator[Feed]:

@@ -6,10 +6,11 @@ import hashlib
 import itertools
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from ..ir.errors import BadFeeds, one_line
 from ..passes.base import Array
 from .functions import load_function
 from .inputs import Feed, Input, batch_size, common_length, counted, fit, fit_all, match_names, words
+from .sizes import machine_bytes
 
 Path_ = str | os.PathLike[str]
 Labels = Array | Sequence[int] | Path_  # int64 [samples], or the path of such an .npy
@@ -209,7 +211,10 @@ def _listed(feeds: Sequence[Any], inputs: Sequence[Input]) -> Feeds:
 def _load_numpy(path: Path) -> Array | dict[str, Array]:
     """The array of an ``.npy`` or the arrays of an ``.npz``; pickled ones are refused, since they can run code."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
+            _require_room(file)
             found = np.load(file, allow_pickle=False)
             return found if isinstance(found, np.ndarray) else {key: found[key] for key in found.files}
     except FileNotFoundError as error:
@@ -217,6 +222,15 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
     except Exception as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFeeds(f"{path} cannot be read as numpy arrays: {what}") from error
+
+
+def _require_room(file: IO[bytes]) -> None:
+    """Raise ``ValueError`` for an archive that unpacks to more than half of the machine's memory."""
+    if zipfile.is_zipfile(file):
+        size = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+        if size > machine_bytes() // 2:
+            raise ValueError(f"it unpacks to {size / 1e9:,.1f} GB, over half of this machine's memory")
+    file.seek(0)
 
 
 def write_data_set(feed: Mapping[str, Any], model: ir.Model, folder: Path) -> None:

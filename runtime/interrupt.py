@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import os
@@ -55,12 +54,13 @@ class Interrupts:
 
     caught: ClassVar[signal.Signals | None] = None
     first: ClassVar[float | None] = None  # when, by the monotonic clock
+    writer: ClassVar[int]  # of a pipe: each byte is a signal
     raised: ClassVar[weakref.ref[Interrupted] | None] = None
 
     def __enter__(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        reader, Interrupts.writer = os.pipe()
+        os.set_blocking(Interrupts.writer, False)
+        signal.set_wakeup_fd(Interrupts.writer, warn_on_full_buffer=False)
         threading.Thread(target=_watch, args=(reader,), daemon=True).start()
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         for number in SIGNALS:
@@ -99,7 +99,7 @@ def _imports(frame: FrameType | None) -> bool:
 def _again(_: weakref.ref[Interrupted]) -> None:
     number, Interrupts.caught = Interrupts.caught, None
     if number is not None:
-        _thread.interrupt_main(number)
+        os.write(Interrupts.writer, bytes([number]))
 
 
 def _watch(reader: int) -> None:
@@ -112,9 +112,9 @@ def _watch(reader: int) -> None:
                 options.terminate = True
             else:
                 options.set_load_cancellation_flag(True)
-        time.sleep(0.02)
+        time.sleep(0.05)
         if Interrupts.caught is None:
-            _thread.interrupt_main(signal.Signals(number))
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _unraisable(hook: Callable[[Any], object], lost: Any) -> None:

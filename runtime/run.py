@@ -12,11 +12,13 @@ from typing import Any, get_args
 
 import onnx_ir as ir
 
+from ..ir.address import printable
 from ..ir.edit import become
 from ..ir.errors import InvalidModel, PenjingError, UsageError
 from ..ir.files import load
 from ..ir.interrupts import uninterrupted
 from ..ir.summary import figures
+from ..ir.verify import verify
 from ..passes.base import Context, Feeds
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
@@ -119,9 +121,11 @@ def run(
         require_room(reproducer)
     if max_drop is not None and metric is None:
         raise UsageError("--max-drop bounds the loss of a metric; give one with --metric FILE.py:FUNCTION.")
+    place = printable(model.meta.get("penjing.path", "The model"))
+    verify(model, place)  # else the first pass would be blamed
     large = too_large(model)
     if large is None:
-        require_runnable(model, model.meta.get("penjing.path", "The model"))
+        require_runnable(model, place)
     elif metric is not None:
         raise UsageError(f"The metric cannot be taken, for the model does not run: {large}.")
     progress = progress or Progress()

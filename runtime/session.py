@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -382,6 +383,7 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
     """From memory where the weights are few; else mapped, from the file they are in or from a temporary one."""
     if size <= LARGE:
         return _open(_inline(model), options)
+    _give_back()
     if (folder := _only_folder(model)) is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return _open(_serialized(model), options)
@@ -390,12 +392,19 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
     path = os.path.join(scratch.name, "model.onnx")
     try:
         files.save(model, path, external=True)
+        _give_back()
         session = _open(path, options)
     except BaseException:
         scratch.cleanup()
         raise
     weakref.finalize(session, scratch.cleanup)
     return session
+
+
+def _give_back() -> None:
+    """Return to the system what was freed: glibc keeps tens of MiB, and the run of a large model will want as much."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _inline(model: ir.Model) -> bytes:

@@ -449,3 +449,13 @@ def test_load_and_save_keep_the_sensible_model(tmp_path: Path) -> None:
     save(load(tmp_path / "a.onnx"), tmp_path / "b.onnx")
     found = differences(before, onnx.load(tmp_path / "b.onnx"))
     assert [str(difference) for difference in found if not difference.why] == []
+
+
+def test_strings_and_types_said_twice() -> None:
+    words = [tensor(data_type=TensorProto.STRING, dims=[2], string_data=[b"a", word]) for word in (b"b", b"b", b"c")]
+    assert differences(*words[:2]) == []
+    assert only(differences(*words[1:])).why is None
+    start = sensible()
+    start.graph.value_info.extend(helper.make_tensor_value_info("w", TensorProto.FLOAT, shape) for shape in ([3], [4]))
+    found = changed(lambda model: [model.graph.value_info.pop() for _ in range(2)], start)
+    assert only(found).why is None

@@ -125,7 +125,7 @@ def report(found: Sequence[Found]) -> str:
         table(["step", *HEAD], rows),
         "".join(f"- {fault}\n" for one in found for fault in one.faults) or "No faults.\n",
         table(["what load -> save changes, and why it means the same", "fields", "models"], kept),
-        by_reason("passes that refuse", refused),
+        by_reason("passes that refuse, or ONNX Runtime after them", refused),
     ]
     for word, title in EXCLUDED.items():
         pairs = [(_kind(one.excluded[word]), one.name) for one in found if word in one.excluded]
@@ -142,9 +142,10 @@ def readme(found: Sequence[Found], runs: Sequence[Run]) -> str:
     """The table for README.md."""
     steps = steps_of(found)
     passes = [step for step in steps if step != KEPT and not step.startswith("clean")]
+    names = dict.fromkeys(step.partition("{")[0] for step in passes)
     rows = [
         (KEPT, *cells(found, [KEPT])),
-        (f"{len(passes)} exact passes, each alone", *cells(found, passes)),
+        (f"{len(names)} exact passes, each alone", *cells(found, passes)),
         ("`clean`", *cells(found, ["clean"])),
     ]
     newer = sum(one.excluded.get("run") == NEWER for one in found)

@@ -128,11 +128,13 @@ def trial(number: int, kinds: str, sample: Sample, run: Journey) -> Result:
         before = _laid_out(Path(above), sample)
         path = Path(above, "models", "mutant.onnx")
         _OPENED.clear()
+        tempfile.tempdir = str(Path(above, "scratch"))
         with _peak() as peak:
             try:
                 verdict, _, detail = run(path).partition(": ")
             except BaseException as error:
                 verdict, detail = "fault", _where(error)
+        tempfile.tempdir = None
         problem = _control(detail) or _touched(Path(above), before, verdict, detail)
         if verdict != "fault" and (problem or peak[0] > bound(sample) + TRIAL_BYTES * (run is run_journey)):
             verdict, detail = "fault", problem or f"{peak[0] >> 20} MiB of memory for {len(sample.model)} bytes"
@@ -148,6 +150,7 @@ def _laid_out(above: Path, sample: Sample) -> dict[str, bytes | None]:
     """Write the mutant, and around it what its data file may name: links that lead out, a pipe, and the canary."""
     folder = above / "models"
     (folder / "sub").mkdir(parents=True)
+    (above / "scratch").mkdir()
     (above / "canary.bin").write_bytes(SECRET * 1000)
     (folder / "mutant.onnx").write_bytes(sample.model)
     for name, contents in sample.data.items():
@@ -171,7 +174,7 @@ def _snapshot(above: Path) -> dict[str, bytes | None]:
 
 def _touched(above: Path, before: dict[str, bytes | None], verdict: str, detail: str) -> str:
     """What was opened, changed or left that should not have been, as a sentence."""
-    if outside := [path for path in _OPENED if _is_outside(path, above / "models")]:
+    if outside := [path for path in _OPENED if _is_outside(path, above)]:
         return f"opened {outside[0]!r}, which is outside the model's folder"
     after = _snapshot(above)
     if changed := [name for name in before if name not in after or after[name] != before[name]]:
@@ -224,10 +227,13 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
         _OPENED.append(arguments[0])
 
 
-def _is_outside(path: str, folder: Path) -> bool:
-    """Whether a path leads out of ``folder``, and not to Python's own files, which imports read."""
+def _is_outside(path: str, above: Path) -> bool:
+    """Whether a path leads out of the model's folder, and not to a temporary or one of the files that imports read."""
+    if os.sep not in path and path != os.pardir:
+        return False  # a step down from an open folder, or in the worker's own, which is empty
     real = os.path.realpath(path)
-    homes = (str(folder), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *sys.path[1:])
+    ours = (str(above / "models"), str(above / "scratch"))
+    homes = (*ours, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), *sys.path[1:])
     return not any(real.startswith(home) for home in homes if home) and path not in _OWN
 
 

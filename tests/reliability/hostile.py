@@ -7,11 +7,12 @@ value after imports, forks with what they have beyond that; the bound is twice t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ except PenjingError as error:
     said = str(error).replace(sys.argv[1], "").strip(" :")
 done.set()
 peak[0] = max(peak[0], used() - start)
-print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak[0], "said": said, "times": times, "nodes": nodes}))
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds": seconds, "peak": peak[0], "said": said, "times": times, "nodes": nodes}))
 """
 
 
@@ -142,8 +144,23 @@ def chain(count: int, op_type: str = "Relu") -> bytes:
     return model(*inner)
 
 
-def _scalar(name: str) -> bytes:
-    return chunk(5, b"\x10\x01", chunk(8, name.encode()), chunk(9, bytes(4)))
+def each(count: int, part: Callable[[bytes], bytes]) -> Iterator[bytes]:
+    """A part for each of so many names."""
+    return (part(b"i%d" % i) for i in range(count))
+
+
+def _scalar(name: bytes) -> bytes:
+    return chunk(5, b"\x10\x01", chunk(8, name), chunk(9, bytes(4)))
+
+
+def _entry(key: bytes) -> bytes:
+    return chunk(1, key) + chunk(2, b"value")
+
+
+def _with_body(name: bytes) -> bytes:
+    """A node with an empty graph, of an operator that nobody knows."""
+    body = chunk(1, b"body") + b"\x32\x00\xa0\x01\x05"
+    return chunk(1, chunk(1, b"x"), chunk(2, name), chunk(4, b"Keep"), chunk(5, body))
 
 
 def function_chain(count: int, calls: int = 1) -> bytes:
@@ -152,8 +169,7 @@ def function_chain(count: int, calls: int = 1) -> bytes:
     for i in range(count):
         callee = chunk(4, b"f%d" % (i + 1)) + chunk(7, b"l") if i < count - 1 else chunk(4, b"Relu")
         names = [b"a", *(b"t%d" % place for place in range(1, calls)), b"b"]
-        ends = zip(names, names[1:], strict=False)
-        body = b"".join(chunk(7, chunk(1, one), chunk(2, other), callee) for one, other in ends)
+        body = b"".join(chunk(7, chunk(1, a), chunk(2, b), callee) for a, b in itertools.pairwise(names))
         imports = chunk(9, b"\x10\x11") + chunk(9, chunk(1, b"l"), b"\x10\x01")
         functions.append(
             chunk(25, chunk(1, b"f%d" % i), chunk(4, b"a"), chunk(5, b"b"), body, imports, chunk(10, b"l"))
@@ -190,10 +206,8 @@ def _strings(count: int) -> bytes:
 
 def _sparse(count: int) -> bytes:
     """Small sparse tensors, each 2^30 elements once dense."""
-    values = chunk(1, b"\x08\x01\x10\x01", chunk(9, bytes(4)))
     indices = chunk(2, b"\x08\x01\x10\x07", chunk(9, bytes(8)))
     named = (chunk(1, b"\x08\x01\x10\x01", chunk(8, b"s%d" % i), chunk(9, bytes(4))) for i in range(count))
-    del values
     return model(node("Relu"), *(chunk(15, name, indices, b"\x18" + varint(1 << 30)) for name in named))
 
 
@@ -236,45 +250,30 @@ RELU = node("Relu")
 SPECIMENS: dict[str, tuple[int, Specimen]] = {
     "empty nodes": (MILLION, lambda n: model(b"\x0a\x00" * n)),
     "nodes with an operator only": (MILLION, lambda n: model(chunk(1, chunk(4, b"Relu")) * n)),
-    "nodes with an unlike operator each": (
-        MILLION,
-        lambda n: model(*(chunk(1, chunk(4, b"o%d" % i)) for i in range(n))),
-    ),
-    "initializers": (MILLION, lambda n: model(RELU, *(_scalar(f"w{i}") for i in range(n)))),
-    "initializers of one name": (MILLION, lambda n: model(RELU, _scalar("w") * n)),
+    "nodes with an unlike operator each": (MILLION, lambda n: model(*each(n, lambda i: chunk(1, chunk(4, i))))),
+    "initializers": (MILLION, lambda n: model(RELU, *each(n, _scalar))),
+    "initializers of one name": (MILLION, lambda n: model(RELU, _scalar(b"w") * n)),
     "attributes of one node": (
         MILLION,
-        lambda n: model(
-            node("Relu", "x", "y", *(chunk(1, b"a%d" % i) + b"\x18\x01\xa0\x01" + _INTS for i in range(n)))
-        ),
+        lambda n: model(node("Relu", "x", "y", *each(n, lambda i: chunk(1, i) + b"\x18\x01\xa0\x01" + _INTS))),
     ),
-    "values described": (MILLION, lambda n: model(RELU, *(chunk(13, chunk(1, b"i%d" % i), _FLOAT) for i in range(n)))),
+    "values described": (MILLION, lambda n: model(RELU, *each(n, lambda i: chunk(13, chunk(1, i), _FLOAT)))),
     "metadata entries": (
         MILLION,
-        lambda n: model(RELU, more=OPSET + b"".join(chunk(14, chunk(1, b"k%d" % i)) for i in range(n))),
+        lambda n: model(RELU, more=OPSET + b"".join(each(n, lambda i: chunk(14, _entry(i))))),
     ),
     "metadata entries of one node": (
         MILLION,
         lambda n: model(
-            chunk(
-                1, chunk(1, b"x"), chunk(2, b"y"), chunk(4, b"Relu"), *(chunk(9, chunk(1, b"%d" % i)) for i in range(n))
-            )
+            chunk(1, chunk(1, b"x"), chunk(2, b"y"), chunk(4, b"Relu"), *each(n, lambda i: chunk(9, _entry(i))))
         ),
     ),
     "inputs of one node": (MILLION, lambda n: model(node("Sum", "x " * n, "y"))),
     "outputs of one node": (MILLION, lambda n: model(node("Split", "x", " ".join(f"o{i}" for i in range(n))))),
-    "graph inputs": (MILLION, lambda n: model(RELU, *(chunk(11, chunk(1, b"i%d" % i), _FLOAT) for i in range(n)))),
+    "graph inputs": (MILLION, lambda n: model(RELU, *each(n, lambda i: chunk(11, chunk(1, i), _FLOAT)))),
     "graph outputs": (MILLION, lambda n: model(RELU, chunk(12, chunk(1, b"y"), _FLOAT) * n)),
-    "bodies": (
-        MILLION // 10,
-        lambda n: model(
-            RELU, *(node("Keep", "x", f"o{i}", chunk(1, b"b") + b"\x32\x00\xa0\x01\x05") for i in range(n))
-        ),
-    ),
-    "operator sets": (
-        MILLION,
-        lambda n: model(RELU, more=OPSET + b"".join(chunk(8, chunk(1, b"d%d" % i)) for i in range(n))),
-    ),
+    "bodies": (MILLION // 10, lambda n: model(RELU, *each(n, _with_body))),
+    "operator sets": (MILLION, lambda n: model(RELU, more=OPSET + b"".join(each(n, lambda i: chunk(8, chunk(1, i)))))),
     "empty functions": (MILLION, lambda n: model(RELU, more=OPSET + b"\xca\x01\x00" * n)),
     "functions that call one another": (10_000, function_chain),
     "functions that call the next one twice": (64, lambda n: function_chain(n, 2)),
