@@ -118,7 +118,7 @@ class DataFiles:
 
 
 def _open_below(base: str, relative: str) -> int:
-    """Open ``relative``, which holds no links, step by step: what becomes a link after that was seen is not followed."""
+    """Open ``relative``, which holds no links, step by step: what became a link since that was seen is not followed."""
     plain = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     folder = os.open(base, plain | os.O_DIRECTORY)
     *above, name = relative.split(os.sep)

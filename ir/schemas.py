@@ -33,9 +33,11 @@ class Form:
 @functools.lru_cache(4096)
 def form(domain: str, op_type: str, version: int) -> Form | None:
     """What the operator asks; ``None`` where the installed onnx does not know it."""
+    if not onnx.defs.has(op_type, domain=domain):
+        return None
     try:
         schema = onnx.defs.get_schema(op_type, version, domain)
-    except (onnx.defs.SchemaError, TypeError):  # no such operator, or a version past a C int
+    except (onnx.defs.SchemaError, TypeError):  # none of that version, or one past a C int
         return None
     return Form(
         op_type,

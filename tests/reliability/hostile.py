@@ -295,6 +295,7 @@ def main() -> None:
     options.add_argument("--only", nargs="*", default=list(SPECIMENS))
     options.add_argument("--record", action="store_true", help="write hostile.md")
     given = options.parse_args()
+    faults = 0
     lines = ["| a file with | bytes | peak MB | bound MB | seconds | load, verify, clean, save | outcome |"]
     lines += ["|---|--:|--:|--:|--:|---|---|"]
     for name in given.only:
@@ -306,6 +307,7 @@ def main() -> None:
                 found = measure(path)
             except AssertionError as error:
                 lines.append(f"| {count:,} {name} | {error} |")
+                faults += 1
                 print(lines[-1], flush=True)
                 continue
         steps = ", ".join(f"{seconds:.1f}" for seconds in found.times.values())
@@ -316,7 +318,8 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     if given.record:
-        record("hostile", "python -m tests.reliability.hostile", "\n".join(lines))
+        record("hostile", "python -m tests.reliability.hostile --record", "\n".join(lines))
+    sys.exit(faults > 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""What happens in a process of its own stays there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from penjing.ir.apart import Gone, apart
+from penjing.ir.files import load
+from penjing.ir.shapes import infer_shapes, inferred
+
+LIMITS = {"seconds": 20.0, "room": 1 << 28}
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits are Linux's")
+
+
+def children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+
+def test_an_answer_of_any_length() -> None:
+    for size in (0, 1, 65_537, 5_000_000):
+        assert apart(lambda given: given * 2, bytes(size), **LIMITS) == bytes(2 * size)
+    assert children() == ""
+
+
+def test_an_error_comes_back_as_its_message() -> None:
+    def fails(_: bytes) -> bytes:
+        raise KeyError("no such thing")
+
+    with pytest.raises(RuntimeError, match="no such thing"):
+        apart(fails, b"", **LIMITS)
+
+
+def test_crash_hang_and_hunger_end_there() -> None:
+    def hungry(_: bytes) -> bytes:
+        return np.ones(1 << 28, np.uint8).tobytes()
+
+    def crashes(_: bytes) -> bytes:
+        ctypes.string_at(0)
+        return b""
+
+    def hangs(_: bytes) -> bytes:
+        time.sleep(60)
+        return b""
+
+    for function, seconds, reason in (
+        (hungry, 20, "crashed, or ran"),
+        (crashes, 20, "crashed, or ran"),
+        (hangs, 0.2, "did"),
+    ):
+        with pytest.raises(Gone, match=f"it {reason}"):
+            apart(function, b"", seconds=seconds, room=1 << 28)
+    assert children() == ""
+
+
+def test_what_it_prints_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    assert apart(lambda _: b"%d" % os.write(2, b"\x1b[2J"), b"", **LIMITS) == b"4"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_shapes_are_inferred_though_a_vector_is_too_long_to_follow(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        g (int64[4611686018427387904] v, float[N, 3] x) => (float[A, B] y, int64[C] w)
+        { one = Constant <value_ints = [1]> ()  w = Sub (v, one)  y = Relu (x) }"""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    model = load(path)
+    found = {value.name: item.dims for value, item in inferred(model).items()}
+    assert found["w"] == (1 << 62,)
+    assert infer_shapes(model).failure is None
+    assert list(model.graph.outputs[0].shape or ())[1] == 3  # a name is kept, a number takes its place
