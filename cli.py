@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -63,11 +65,28 @@ def _explain(error: Exception, debug: bool) -> int:
 
 def _tell(sentence: str) -> None:
     """Say it on standard error, with what a terminal would act on in backslash form."""
+    if len(sentence) > _LONGEST:  # a file may hold names of any length
+        sentence = f"{sentence[: _LONGEST // 2]} ... {sentence[-_LONGEST // 2 :]}"
     shown = (c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in sentence)
     click.echo(f"penjing: {''.join(shown)}", err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+_LONGEST = 4000  # characters of a sentence that are shown
+
+
+class _Commands(click.Group):
+    """The commands; one whose output nobody reads any more ends as the system's own do."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it ends
+            _tell("nothing reads the output any more.")
+            sys.exit(128 + signal.SIGPIPE)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="penjing")
 def cli() -> None:
     """Make trained ONNX models fit to deploy: passes that are checked, explained and fast."""
@@ -299,6 +318,8 @@ def require_writable(output: str, force: bool) -> None:
     """Raise ``BadFile`` where OUT exists (without ``force``) or is no plain file, or its folder takes no file."""
     path = Path(output)
     folder = path.parent
+    if not output:
+        raise UsageError("The name of the output is empty; name a file.")
     if path.is_dir():
         raise BadFile(f"{output} is a folder; name a file for the output.")
     if path.exists() and not path.is_file():
@@ -368,14 +389,19 @@ def _latency(before: str, after: Any, data: str | None) -> dict[str, float] | No
 
 
 def _pointer(reproducer: str | None) -> str:
-    return f" `python {reproducer}/reproduce.py` shows it again." if reproducer else ""
+    return f" `python {shlex.quote(f'{reproducer}/reproduce.py')}` shows it again." if reproducer else ""
 
 
 def _console() -> Console:
     from rich.console import Console
 
+    def refuse() -> None:
+        raise BrokenPipeError  # rich itself would exit with 1, and say nothing
+
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    return Console(highlight=False, width=wide)
+    console = Console(highlight=False, width=wide)
+    console.on_broken_pipe = refuse  # type: ignore[method-assign]
+    return console
 
 
 def _bar() -> Any:
@@ -384,7 +410,3 @@ def _bar() -> Any:
     from .runtime.progress import Bar
 
     return Bar(Console(stderr=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,12 @@ list of bodies (attribute type GRAPHS) also has its place in the list, ``node/br
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import onnx_ir as ir
+
+from .errors import BadFile
 
 
 def graphs(model: ir.Model) -> Iterator[tuple[str, ir.Graph]]:
@@ -57,6 +60,14 @@ def printable(name: str) -> str:
     if name.isprintable() and "\\" not in name:
         return name
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in name)
+
+
+def path_text(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
+    """A path as text. Raises ``BadFile`` for one that no system takes."""
+    text = os.fsdecode(path)
+    if "\0" in text:
+        raise BadFile(f"the path '{printable(text)}' holds a zero character; no file can have such a name")
+    return text
 
 
 def inner(prefix: str, node: ir.Node, taken: dict[str, int]) -> Iterator[tuple[str, ir.Graph]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -36,7 +37,8 @@ def apart(function: Callable[[bytes], bytes], given: bytes, *, seconds: float, r
             try:
                 child = _fork()
                 if child == 0:
-                    _answer(function, given, outside, room)
+                    os.close(inside)  # else it would wait for ever to be read where the parent was killed
+                    _answer(function, given, outside, seconds, room)
             finally:
                 os.close(outside)
         answer = _read(inside, time.monotonic() + seconds)
@@ -65,9 +67,10 @@ def _fork() -> int:
 
 
 def _read(pipe: int, deadline: float) -> bytearray:
-    answer = bytearray()
+    answer, ready = bytearray(), select.poll()  # select() takes no number over 1023
+    ready.register(pipe, select.POLLIN)
     while True:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not ready.poll(1000 * max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         part = os.read(pipe, 1 << 20)
         if not part:
@@ -75,11 +78,13 @@ def _read(pipe: int, deadline: float) -> bytearray:
         answer += part
 
 
-def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, room: int) -> NoReturn:
+def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, seconds: float, room: int) -> NoReturn:
     """What the child does: it writes to the pipe and ends, and never returns into the caller's stack."""
     try:
+        import faulthandler
         import resource
 
+        faulthandler.disable()  # a crash here is an answer
         signal.set_wakeup_fd(-1)  # the parent's
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         silence = os.open(os.devnull, os.O_WRONLY)  # what native code prints may hold what a terminal acts on
@@ -90,6 +95,7 @@ def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, room: i
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds) + 1,) * 2)  # it ends even if the parent is gone
         try:
             kind, answer = _DONE, function(given)
         except MemoryError:

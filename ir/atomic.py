@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import re
 import stat
@@ -94,12 +95,23 @@ class Replacement:
             self._sweep(location)
 
     def _sweep(self, keep: str) -> None:
-        """Remove other data files and temporaries of this path; what cannot go now goes next time."""
+        """Remove other data files and temporaries of this path; what cannot go now goes next time.
+
+        A data file that another model of the folder names stays: the old model may have been copied.
+        """
         ours = re.compile(re.escape(self.name) + r"\.([0-9a-f]{12}\.data|[0-9a-f]{8}\.partial)")
-        for name in os.listdir(self.folder):
+        names = os.listdir(self.folder)
+        for name in names:
+            if name == keep or not ours.fullmatch(name):
+                continue
             path = os.path.join(self.folder, name)
-            if name != keep and ours.fullmatch(name) and not (name.endswith(".partial") and _is_locked(path)):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if name.endswith(".data"):
+                    others = (os.path.join(self.folder, other) for other in names if other != self.name)
+                    wanted = any(_mentions(other, name.encode()) for other in others if other.endswith(".onnx"))
+                else:
+                    wanted = _is_locked(path)
+                if not wanted:
                     os.unlink(path)
 
 
@@ -155,6 +167,14 @@ def settle(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
+
+
+def _mentions(path: str, words: bytes) -> bool:
+    """Whether a plain file holds ``words``."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(words) >= 0
 
 
 def _replaceable(path: str) -> os.stat_result | None:

@@ -48,6 +48,7 @@ class Draft:
         self.op_type = node.op_type
         self.inputs: list[Operand] = list(node.inputs)
         self.attributes: dict[str, ir.Attr] = dict(node.attributes)
+        self.output_types: dict[ir.Value, ir.TypeProtocol] = {}  # where they are others now
 
     def become(self, op_type: str, *inputs: Operand, **attributes: Any) -> None:
         self.op_type, self.inputs, self.attributes = op_type, list(inputs), {}

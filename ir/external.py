@@ -99,7 +99,7 @@ class DataFiles:
         try:
             handle = _open_below(base, os.path.relpath(path, base))
         except FileNotFoundError:
-            raise refusal(f"is missing; it belongs beside the model, in {self.folder}") from None
+            raise refusal(f"is missing; it belongs beside the model, in {printable(self.folder)}") from None
         except OSError as error:
             raise refusal(f"cannot be opened: {_reason(error)}") from None
         try:

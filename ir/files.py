@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
-from .address import graphs, printable
+from .address import graphs, path_text, printable
 from .atomic import Replacement, explained, reason_of, settle
 from .diagnosis import diagnosis
 from .errors import BadFile, PenjingError
@@ -45,7 +45,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Raises ``BadFile``, in a sentence: no such file, not ONNX, cut short, made for a newer onnx, broken or unsafe
     external data, a tensor whose data do not fit its type and shape, or something that the IR cannot keep.
     """
-    place, absolute = printable(os.fspath(path)), os.path.abspath(path)
+    path = path_text(path)
+    place, absolute = printable(path), os.path.abspath(path)
     proto, intake = _admitted(absolute, place)
     with _undisturbed():
         try:
@@ -83,9 +84,10 @@ def save(
     Raises ``BadFile``: the folder is missing or cannot be written, the disk is full, ``path`` is a folder, a device,
     write-protected or a data file of this model, or the part that must be inside the model passes protobuf's 2 GiB.
     """
+    path = path_text(path)
     target = os.path.abspath(path)
     require_apart(model, path)
-    with _writing(os.fspath(path)), Replacement(target) as replacement:
+    with _writing(path), Replacement(target) as replacement:
         layout = plan(model, external, LARGE)
         store, location = None, ""
         if layout.slots:

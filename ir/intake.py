@@ -19,6 +19,10 @@ from .errors import BadFile
 from .external import Bytes, DataFiles
 from .sparse import SparseTensor, problem, stand_in
 
+MOST = 200_000
+"""Initializers, inputs or outputs of one graph, and attributes of one node: no exporter writes as many, and more would
+take memory and time out of proportion to the file."""
+
 MOST_DIMS = 32
 """What every numpy takes."""
 
@@ -159,6 +163,9 @@ class Intake:
         self._text([annotation.tensor_name for annotation in graph.quantization_annotation])
         self._text(_node_texts(graph.node))
         where = f"graph '{printable(graph.name)}'"
+        for what, things in (("initializers", graph.initializer), ("inputs", graph.input), ("outputs", graph.output)):
+            if len(things) > MOST:
+                self._refuse(f": {where} has {len(things):,} {what}; at most {MOST:,} are supported")
         for tensor in graph.initializer:
             self._tensor(tensor)
         if graph.sparse_initializer:
@@ -199,6 +206,8 @@ class Intake:
                 empty = sum(not node.op_type for node in nodes)
                 self._refuse(f": {empty} of {len(nodes)} nodes have no operator type; the file is damaged")
             if attributes := node.attribute:
+                if len(attributes) > MOST:
+                    self._refuse(f": {named(node)} has {len(attributes):,} attributes; at most {MOST:,} are supported")
                 if len(attributes) > 1:
                     self._unique([attribute.name for attribute in attributes], "attribute", node)
                 for attribute in attributes:

@@ -147,7 +147,8 @@ def _draft(node: ir.Node, scope: Scope, to: int, facts: _Facts) -> tuple[Draft, 
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise _Stopped(version, f"{place} of opset {start} is not valid: {one_line(error)}.") from error
         last = version
-    if draft.op_type == node.op_type and draft.inputs == list(node.inputs) and draft.attributes == node.attributes:
+    same = draft.op_type == node.op_type and draft.inputs == list(node.inputs) and draft.attributes == node.attributes
+    if same and not draft.output_types:
         return None
     return draft, f"{node.op_type} of opset {start} as {draft.op_type} of {last}"
 
@@ -202,6 +203,8 @@ def _write(draft: Draft, names: Names) -> None:
         inputs.pop()
     insert_before(node, nodes, names)
     node.op_type = draft.op_type
+    for output, type_ in draft.output_types.items():
+        output.type = type_
     node.attributes.clear()
     node.attributes.update(draft.attributes)
     node.resize_inputs(len(inputs))

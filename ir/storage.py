@@ -18,6 +18,7 @@ from .sparse import SparseTensor
 
 BLOCK = 1 << 16  # elements; 256 KiB of float32 stay in a core's cache from one numpy call to the next
 DISTINCT_LIMIT = 1 << 16
+FEW = 1 << 12  # elements that are sorted to be counted
 LARGE = 1 << 20  # bytes from which a tensor that a pass computes is better made anew at each reading than held
 
 Array = np.ndarray[Any, Any]
@@ -196,6 +197,11 @@ def value_counts(tensor: ir.TensorProtocol, limit: int = DISTINCT_LIMIT) -> tupl
         return None
     if isinstance(tensor, SparseTensor):
         return _sparse_counts(tensor, limit)
+    if tensor.size <= FEW:
+        patterns, found = np.unique(
+            np.ascontiguousarray(reader(tensor)(0, tensor.size)).view(f"u{dtype.itemsize}"), return_counts=True
+        )
+        return (patterns.view(dtype), found) if len(found) <= limit else None
     counts = ValueCounts(dtype, limit)
     return counts.values() if all(counts.add(block) for block in blocks(tensor)) else None
 

@@ -193,6 +193,9 @@ def _is_test(draft: Draft) -> None:
 def _dropout_mask(draft: Draft) -> None:
     if any(value.uses() or value.is_graph_output() for value in draft.node.outputs[1:]):
         refuse("its mask is used, whose type or content changed")
+    for mask in draft.node.outputs[1:]:
+        if mask.type is not None:
+            draft.output_types[mask] = ir.TensorType(ir.DataType.BOOL)
 
 
 def _dropout(draft: Draft) -> None:

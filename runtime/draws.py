@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,10 +19,22 @@ from ..ir.intake import MOST_DIMS
 from ..passes.base import Array, Outputs
 from .feeds import Feeds, read_feeds
 from .inputs import Feed, Input
-from .session import OPENING_SECONDS, TRIAL_BYTES, DoesNotRun, bounded_run, trial
+from .session import (
+    LARGE,
+    OPENING_SECONDS,
+    TRIAL_BYTES,
+    DoesNotRun,
+    bounded_run,
+    open_session,
+    run_feed,
+    tensor_bytes,
+    trial,
+)
+from .sizes import machine_bytes
 
 SIZES = (64, 32, 16, 96, 224, 320, 16000, 1)  # tried for open dimensions; 1 last, since it shows the least of a model
 RATES = (1, 8000, 16000)  # tried for integer scalars and vectors: a count, or a sampling rate in Hz
+_DAY = 86_400.0  # seconds: a run on the user's own data may take its time
 RANDOM_BYTES = TRIAL_BYTES // 4  # a random feed may take: what is computed from it must fit as well
 
 
@@ -61,11 +74,29 @@ def random_feeds(
 def feeds_for(model: ir.Model, data: Any = None, seed: int = 0) -> Feeds:
     """What ``read_feeds`` makes of ``data``, or random feeds where there are none. Raises ``BadFeeds``, ``NoFeeds``."""
     if data is not None:
-        return read_feeds(data, model)
+        return tried(model, read_feeds(data, model))
     try:
         return random_feeds(model, seed)
     except NoFeeds as error:
         raise NoFeeds(f"This needs sample inputs, give them with --data: {error}") from error
+
+
+def tried(model: ir.Model, feeds: Feeds) -> Feeds:
+    """The same feeds, the first of which ``model`` survived: ONNX Runtime crashes on some valid models.
+
+    Raises ``DoesNotRun`` where it did not; what fails in another way, fails again and says why. Large models, which
+    nobody makes small by hand, are not tried: they take long.
+    """
+    feed = next(iter(feeds), None)
+
+    def run() -> str:
+        with contextlib.suppress(DoesNotRun):
+            run_feed(open_session(model), feed or {})
+        return ""
+
+    if feed is not None and tensor_bytes(model) <= LARGE:
+        trial(run, model, seconds=_DAY, room=machine_bytes())
+    return feeds
 
 
 def _search(

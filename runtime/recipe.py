@@ -90,7 +90,7 @@ def _parse(path: str, place: str) -> dict[str, Any]:
     import tomllib
 
     try:
-        text = _read(path, place).decode()
+        text = _read(path, place).decode("utf-8-sig")
         return tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise UsageError(f"{place} is not UTF-8 text (byte {error.start}); a recipe is a TOML file.") from None

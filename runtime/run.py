@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from ..ir.address import printable
 from ..ir.edit import become
-from ..ir.errors import InvalidModel, PenjingError, UsageError
+from ..ir.errors import BadFile, InvalidModel, PenjingError, UsageError
 from ..ir.files import load
 from ..ir.interrupts import uninterrupted
 from ..ir.summary import figures
@@ -24,7 +24,7 @@ from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
 from .check import Breach, Checker, bisect, changes_interface, compare_reference, judge_models, unvisited
 from .compare import Comparison
-from .draws import NoFeeds, random_feeds
+from .draws import NoFeeds, random_feeds, tried
 from .feeds import Feeds as FeedSet
 from .feeds import Labels, read_feeds, read_labels
 from .functions import load_function
@@ -124,14 +124,17 @@ def run(
     place = printable(model.meta.get("penjing.path", "The model"))
     verify(model, place)  # else the first pass would be blamed
     large = too_large(model)
-    if large is None:
-        require_runnable(model, place)
+    judged = check != "off" or metric is not None or bounds.on_outputs
+    if large is None and judged:
+        _require_runnable(model, place)
     elif metric is not None:
         raise UsageError(f"The metric cannot be taken, for the model does not run: {large}.")
     progress = progress or Progress()
     score = load_function(metric, "--metric") if isinstance(metric, str) else metric
     given = read_feeds(data, model, labels=labels) if data is not None else None
     checked = read_feeds(check_data, model) if check_data is not None else given
+    if checked is not None and judged and large is None:
+        tried(model, checked)
     # One choice of packing for every session, since packing moves the last bits of a MatMul.
     runner = OrtRunner(score, metric_name=_name(metric), prepack=tensor_bytes(model) <= LARGE)
     ctx = Context(
@@ -151,8 +154,11 @@ def run(
     except Breach as breach:
         report.failure = str(breach)
         if reproducer is not None:
-            write_reproducer(reproducer, breach, report, vars(bounds), metric, strict)
-            report.reproducer = os.fspath(reproducer)
+            try:
+                write_reproducer(reproducer, breach, report, vars(bounds), metric, strict)
+                report.reproducer = os.fspath(reproducer)
+            except BadFile as error:
+                report.failure += f" Nothing shows it alone: {error}."
         raise BoundExceeded(report) from (breach.__cause__ or breach)
     with uninterrupted():
         become(model, work)
@@ -304,6 +310,13 @@ def unchanged(passes: Sequence[PassReport]) -> list[str]:
         name = group if isinstance(group, str) else reports[0].text
         warnings.append(f"{name} changed nothing ({why or 'it found nothing to do'}).")
     return warnings
+
+
+def _require_runnable(model: ir.Model, place: str) -> None:
+    try:
+        require_runnable(model, place)
+    except BadFile as error:
+        raise BadFile(f"{str(error).rstrip('.')}. With --check off passes run unproven.") from error
 
 
 def _require_usable(model: Any, check: Any, seed: Any) -> None:

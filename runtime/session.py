@@ -12,7 +12,6 @@ import re
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -114,9 +113,10 @@ def why_not_runnable(model: ir.Model) -> str | None:
         return str(error)
 
 
-def trial(function: Callable[[], str], model: ir.Model, *, seconds: float) -> str:
+def trial(function: Callable[[], str], model: ir.Model, *, seconds: float, room: int | None = None) -> str:
     """What ``function``, which opens or runs ``model``, says: asked in a process of its own, for ONNX Runtime crashes
-    on some models that it takes. Raises ``DoesNotRun`` where that crashes, or takes more than ``seconds`` or memory.
+    on some models that it takes. Raises ``DoesNotRun`` where that crashes, or takes more than ``seconds`` or ``room``
+    bytes of memory (None: some times the weights, and as much again as activations of a trial may take).
     """
     limits()  # imports ONNX Runtime and asks it, which a process that ends cannot keep
 
@@ -129,7 +129,7 @@ def trial(function: Callable[[], str], model: ir.Model, *, seconds: float) -> st
 
     with tempfile.TemporaryDirectory(prefix="penjing-") as folder:  # goes with what a process that was killed left
         try:
-            room = 2 * TRIAL_BYTES + 4 * tensor_bytes(model)
+            room = 2 * TRIAL_BYTES + 4 * tensor_bytes(model) if room is None else room
             return apart(run, os.fsencode(folder), seconds=seconds, room=room).decode()
         except Gone as error:
             raise DoesNotRun(f"ONNX Runtime was tried in a process of its own, and {error}.") from error
@@ -393,12 +393,9 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
     try:
         files.save(model, path, external=True)
         _give_back()
-        session = _open(path, options)
-    except BaseException:
-        scratch.cleanup()
-        raise
-    weakref.finalize(session, scratch.cleanup)
-    return session
+        return _open(path, options)
+    finally:
+        scratch.cleanup()  # what is mapped stays readable, and a process that is killed leaves nothing behind
 
 
 def _give_back() -> None:

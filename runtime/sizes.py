@@ -29,7 +29,8 @@ def too_large(model: ir.Model, available: int | None = None) -> str | None:
     except Exception:  # a model that inference does not take: what it says itself is all that is known
         found = {}
     for prefix, graph in graphs(model):
-        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        inputs = (value for value in graph.inputs if value.const_value is None)
+        for value in (*inputs, *(value for node in graph for value in node.outputs)):
             type_, dims = found.get(value, (value.type, value.shape))
             size = _least_bytes(type_, () if dims is None else tuple(dims))
             if size > available:

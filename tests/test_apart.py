@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_crash_hang_and_hunger_end_there() -> None:
         return np.ones(1 << 28, np.uint8).tobytes()
 
     def crashes(_: bytes) -> bytes:
-        ctypes.string_at(0)
+        os.kill(os.getpid(), signal.SIGKILL)
         return b""
 
     def hangs(_: bytes) -> bytes:
@@ -76,3 +76,23 @@ def test_shapes_are_inferred_though_a_vector_is_too_long_to_follow(tmp_path: Pat
     assert found["w"] == (1 << 62,)
     assert infer_shapes(model).failure is None
     assert list(model.graph.outputs[0].shape or ())[1] == 3  # a name is kept, a number takes its place
+
+
+def test_it_ends_where_its_parent_is_killed() -> None:
+    parent = os.fork()
+    if parent == 0:
+        try:
+            os.setpgid(0, 0)
+            apart(lambda _: os.kill(os.getppid(), signal.SIGKILL) or bytes(1 << 22), b"", **LIMITS)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(parent, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    for _ in range(500):  # the group is gone when its last process is
+        try:
+            os.killpg(parent, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    os.killpg(parent, signal.SIGKILL)
+    raise AssertionError("the process waits for a reader that is gone")

@@ -765,6 +765,7 @@ def test_needed_ir_version(tmp_path: Path) -> None:
         proto = model([cast], [])
         proto.graph.output[0].CopyFrom(helper.make_tensor_sequence_value_info("y", kind, [1024]))
         assert needed_ir_version(load(written(tmp_path, proto))) == version
+    proto = model([helper.make_node("Identity", ["x"], ["y"])], [])
     proto.graph.output[0].CopyFrom(
         helper.make_value_info("y", helper.make_optional_type_proto(helper.make_tensor_type_proto(F, [1])))
     )

@@ -381,8 +381,8 @@ def test_lower_ir_refuses_with_what_needs_more(parse: Parse) -> None:
         "lower-ir: to=9 is too low: initializer 'w' is int4, which needs IR version 10, the least that this model can "
         "have."
     )
-    with pytest.raises(UsageError, match="has IR version 12, below to=13; it is never raised"):
-        lowered(model, "{to=13}")
+    ledger = lowered(model, "{to=13}")
+    assert [skip.reason for skip in ledger.skips] == ["it has IR version 12 already"]
     with pytest.raises(UsageError, match="to=2 is too low"):
         lowered(model, "{to=2}")
     assert model.ir_version == 12
@@ -390,3 +390,14 @@ def test_lower_ir_refuses_with_what_needs_more(parse: Parse) -> None:
     body = "g (optional(float[2]) x) => (bool y) { y = OptionalHasElement (x) }"
     assert greatest_need(parse(body)).reason == "value 'x' is optional"
     assert greatest_need(parse("g (float x) => (float y) { y = Abs (x) }")).version == 3
+    cast = greatest_need(parse("g (float x) => (float y) { c = Cast <to = 17> (x) y = Cast <to = 1> (c) }"))
+    assert (cast.version, cast.reason) == (9, "node 'Cast' names float8e4m3fn")
+    maybe = "g () => (bool y) { o = Optional <type = float[2]> () y = OptionalHasElement (o) }"
+    assert greatest_need(parse(maybe)).version == 8
+
+
+def test_an_unused_mask_of_dropout_says_its_new_type(parse: Parse) -> None:
+    model = parse("""<ir_version: 8, opset_import: ["": 9]>
+        m (float[2] x) => (float[2] y) <float[2] mask> { y, mask = Dropout <ratio = 0.5> (x) }""")
+    raised(model, 21)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)

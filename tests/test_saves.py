@@ -55,6 +55,31 @@ def test_two_at_once() -> None:
     assert run_apart("race")["saves"] == 40
 
 
+def test_data_that_a_copied_model_names_stay(tmp_path: Path) -> None:
+    save(A, tmp_path / "m.onnx", external=True)
+    shutil.copy(tmp_path / "m.onnx", tmp_path / "backup.onnx")
+    save(B, tmp_path / "m.onnx", external=True)
+    assert digests(load(tmp_path / "backup.onnx")) == KNOWN["A"]
+    os.unlink(tmp_path / "backup.onnx")
+    save(B, tmp_path / "m.onnx", external=True)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_unlike_data_have_unlike_names(tmp_path: Path) -> None:
+    w = np.random.default_rng(0).normal(size=(64, 64))
+    flipped = w.copy()
+    flipped[0, [1, 3]] *= -1
+    names = []
+    for array in (w, -w, flipped):
+        value = ir.Value(name="w", const_value=ir.Tensor(array, name="w"))
+        y = ir.node("Identity", [value])
+        y.outputs[0].name = "y"
+        graph = ir.Graph([], y.outputs, nodes=[y], initializers=[value], opset_imports={"": 17}, name="g")
+        save(ir.Model(graph, ir_version=8), tmp_path / "m.onnx", external=True)
+        names += [name for name in os.listdir(tmp_path) if name.endswith(".data")]
+    assert len(set(names)) == 3
+
+
 # Refused space --------------------------------------------------------------------------------------------------------
 
 

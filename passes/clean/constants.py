@@ -220,7 +220,8 @@ class _Folder:
             values = {
                 value: None for node in part.nodes for value in (*node.inputs, *node.outputs) if value is not None
             }
-            size = sum(self.bytes(value, dict.fromkeys(part.nodes)) or 0 for value in values)
+            nodes = dict.fromkeys(part.nodes)
+            size = sum(self.bytes(value, nodes) or 0 for value in values)
             if batch and held + size > _AT_ONCE:
                 yield batch
                 batch, held = [], 0

@@ -14,13 +14,14 @@ class LowerIr(Pass):
     """Lower the IR version to the one given, or to the least that the model's contents need.
 
     The IR version says which readers understand the file, and changes nothing of what the model computes. Exporters
-    stamp the newest they know, which other tools then refuse. Metadata counts for nothing: older readers skip it.
+    stamp the newest they know, which other tools then refuse. Metadata counts for nothing, since older readers skip it;
+    nor do operator sets, which have versions of their own. A model that has no higher version stays as it is.
     """
 
     to: int | None = None
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Raises ``UsageError`` that says what needs more, or for a version above the model's."""
+        """Raises ``UsageError`` that says what needs more."""
         need, found = greatest_need(model), model.ir_version
         target = need.version if self.to is None else self.to
         if target < need.version:
@@ -28,8 +29,6 @@ class LowerIr(Pass):
                 f"lower-ir: to={target} is too low: {need.reason}, which needs IR version {need.version}, the least "
                 "that this model can have."
             )
-        if self.to is not None and self.to > found:
-            raise UsageError(f"lower-ir: the model has IR version {found}, below to={self.to}; it is never raised.")
         if target >= found:
             lower = f", and can have no lower one: {need.reason}" if self.to is None else " already"
             ctx.skip("model", f"it has IR version {found}{lower}")
