@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .ir.errors import BadFile, PenjingError, UsageError
+from .recipe import Code, Partner, Text, allow_code, read_recipe
 from .runtime.functions import is_file, split
 from .runtime.interrupt import Interrupts
-from .runtime.recipe import Code, Partner, Text, allow_code, read_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console

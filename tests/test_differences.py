@@ -14,8 +14,8 @@ import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
+from reliability.differences import Difference, Explained, differences
 
-from penjing.ir.differences import Difference, Explained, differences
 from penjing.ir.files import load, save
 
 Path_ = tuple[tuple[str, int], ...]

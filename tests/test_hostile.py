@@ -22,6 +22,7 @@ from reliability.hostile import SPECIMENS, function_chain, measure, nested
 from penjing.ir.calls import DEEPEST, expansion
 from penjing.ir.errors import BadFeeds, BadFile, InvalidModel
 from penjing.ir.files import load, save
+from penjing.ir.intake import MOST
 from penjing.ir.text import text
 from penjing.ir.verify import verify
 from penjing.passes.base import Context
@@ -396,6 +397,14 @@ def test_functions_that_stand_for_too_much(tmp_path: Path) -> None:
 
 
 # Many ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["initializers", "attributes of one node", "graph inputs", "graph outputs"])
+def test_too_many(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(SPECIMENS[name][1](MOST + 1))
+    with pytest.raises(BadFile, match=r"200,00\d .* at most 200,000 are supported"):
+        load(path)
 
 
 @pytest.mark.parametrize("name", [name for name in SPECIMENS if not name.endswith("valid")])

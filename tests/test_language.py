@@ -15,9 +15,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
+from reliability.differences import differences
 
 import penjing
-from penjing.ir.differences import differences
 from penjing.ir.edit import Names, prefix, rename
 from penjing.ir.errors import BadFeeds, BadFile
 from penjing.ir.files import load, save

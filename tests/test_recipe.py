@@ -19,8 +19,8 @@ import pytest
 import penjing
 from penjing import cli
 from penjing.ir.errors import PenjingError
+from penjing.recipe import MOST_BYTES, keys, read_recipe
 from penjing.runtime.functions import code_files
-from penjing.runtime.recipe import MOST_BYTES, keys, read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

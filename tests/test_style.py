@@ -31,5 +31,5 @@ def test_format() -> None:
 def test_types(tmp_path: Path) -> None:
     # The repository root is the package, and a clone may have a name that no package can: mypy sees it through a link.
     (tmp_path / "penjing").symlink_to(ROOT, target_is_directory=True)
-    packages = ("penjing.ir", "penjing.passes", "penjing.runtime", "penjing.models", "penjing.cli")
+    packages = ("penjing.ir", "penjing.passes", "penjing.runtime", "penjing.models", "penjing.__main__")
     _clean("mypy", *(word for package in packages for word in ("-p", package)), MYPYPATH=str(tmp_path))

@@ -1,6 +1,6 @@
 """One of ONNX's own test models on its way through all passes, and what must hold of it.
 
-- load -> save: no difference but explained ones (``ir/differences.py``), and the same outputs, bit for bit.
+- load -> save: no difference but explained ones (``differences.py``), and the same outputs, bit for bit.
 - a pass: the verifier finds nothing; ``onnx.checker`` passes what it passed before, with shape inference (full check)
   too; ONNX Runtime takes what it took before, gives the outputs that the case expects where it did before, and moves
   no output by more than the effect of the pass allows; a second run changes nothing. Where ONNX Runtime does not run
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from penjing.ir.differences import differences
 from penjing.ir.errors import PenjingError, one_line
 from penjing.ir.files import load, save
 from penjing.ir.text import text
@@ -35,6 +34,7 @@ from penjing.runtime.compare import Judge
 from penjing.runtime.session import DoesNotRun, OrtRunner, open_session, run_feed
 
 from .cases import Case, why_not_run
+from .differences import differences
 
 KEPT = "load -> save"
 PACKAGE = "penjing.passes."

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
-from ..ir.errors import BadFile, UsageError, nearest
-from .functions import code_files, is_file, split
+from .ir.errors import BadFile, UsageError, nearest
+from .runtime.functions import code_files, is_file, split
 
 MOST_BYTES = 2**14  # the parser takes a second for the worst that fits in them, by the square of the bytes
 
@@ -45,7 +45,7 @@ def read_recipe(path: str, command: click.Command) -> dict[str, Any]:
     Nothing that it names is opened, and no Python is run. Raises ``BadFile`` for a file that cannot be read, and
     ``UsageError`` for what is no TOML, an unknown key, or a value of another type than the option's.
     """
-    from ..ir.address import printable
+    from .ir.address import printable
 
     place, folder = printable(path), os.path.dirname(path)
     known = keys(command)
@@ -70,7 +70,7 @@ def allow_code(context: click.Context, recipe: str, allowed: bool) -> None:
 
     Nothing of it has run. Raises ``UsageError`` where it is not ``allowed``.
     """
-    from ..ir.address import printable
+    from .ir.address import printable
 
     for key, param in keys(context.command).items():
         value = context.params[param.name or ""]
@@ -123,7 +123,7 @@ def _key(param: click.Parameter) -> str:
 
 
 def _unknown(key: str, value: Any, known: dict[str, click.Parameter], command: click.Command) -> str:
-    from ..ir.address import printable
+    from .ir.address import printable
 
     if any(f"--{key}" in param.opts for param in command.params):
         return f"--{key} is said on the command line, not in a recipe."
@@ -236,6 +236,6 @@ def _words(value: Any) -> str:
 
 
 def _shown(text: str) -> str:
-    from ..ir.address import printable
+    from .ir.address import printable
 
     return f"'{printable(text[:60])}'"

@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
-from .address import printable
+from penjing.ir.address import printable
+
 from .elements import FIELDS, same_elements, same_sparse, storage
 
 _LONG = 60  # characters of a value shown in a sentence
