@@ -54,7 +54,7 @@ _LEVELS = {
 }
 _PROBED_FROM = (17, 8)  # opset and IR version that every supported ONNX Runtime takes
 # Element types that ONNX Runtime's Python interface cannot hand over as a numpy array of the right dtype.
-_UNREADABLE = "BFLOAT16 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ INT4 UINT4 INT2 UINT2"
+_UNREADABLE = "FLOAT8E8M0 BFLOAT16 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ INT4 UINT4 INT2 UINT2"
 _TENSOR_TYPES = {f"tensor({name.lower()})": ir.DataType[name] for name in _UNREADABLE.split()}
 
 

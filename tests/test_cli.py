@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,7 +305,7 @@ def test_inspect_compare_and_bench(call: Any, small: Path, tmp_path: Path) -> No
 
 def program(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     """A shell command in a process of its own, with ``penjing`` for the program."""
-    line = command.replace("penjing", f"{sys.executable} -m penjing", 1)
+    line = command.replace("penjing", f"{shlex.quote(sys.executable)} -m penjing", 1)
     return subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
 
 
