@@ -19,7 +19,7 @@ from .errors import BadFile
 from .external import Bytes, DataFiles
 from .sparse import SparseTensor, problem, stand_in
 
-MOST = 200_000
+MOST = 100_000
 """Initializers, inputs or outputs of one graph, and attributes of one node: no exporter writes as many, and more would
 take memory and time out of proportion to the file."""
 

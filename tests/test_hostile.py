@@ -403,7 +403,7 @@ def test_functions_that_stand_for_too_much(tmp_path: Path) -> None:
 def test_too_many(name: str, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(SPECIMENS[name][1](MOST + 1))
-    with pytest.raises(BadFile, match=r"200,00\d .* at most 200,000 are supported"):
+    with pytest.raises(BadFile, match=r"100,00\d .* at most 100,000 are supported"):
         load(path)
 
 

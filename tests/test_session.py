@@ -1,5 +1,4 @@
 import contextlib
-import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -173,11 +172,8 @@ def test_large_models_are_mapped_from_their_folder_or_a_temporary_one(
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.setattr(session, "LARGE", 100_000)
     opened = open_session(net, prepack=True)
-    assert [path.name.startswith("penjing-") for path in scratch.iterdir()] == [True]
+    assert not list(scratch.iterdir())  # it is mapped, so a process that is killed leaves nothing behind
     assert np.array_equal(run_feed(opened, IMAGE)["logits"], expected)
-    del opened
-    gc.collect()
-    assert not list(scratch.iterdir())
 
     files.save(net, tmp_path / "m.onnx", external=True)
     mapped = files.load(tmp_path / "m.onnx")
