@@ -56,7 +56,8 @@ def in_parallel(work: Callable[[Case, Path], T], cases: Sequence[Case], jobs: in
         _work = functools.partial(_numbered, work, cases, Path(folder))
         if jobs == 1:
             return [_work(number) for number in range(len(cases))]
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        # A process that has run large models is slow to fork, and every check forks: each serves 40 cases.
+        with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=10) as pool:
             return list(pool.imap(_call, range(len(cases)), chunksize=4))
 
 
