@@ -283,6 +283,54 @@ def compare(a: str, b: str, data: str | None, seed: int, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("model", metavar="FLOAT", type=click.Path())
+@click.argument("quantized", type=click.Path())
+@click.option("--data", help=DATA_HELP)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For random feeds.")
+@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="How many values to show.")
+@as_json
+@debug
+def blame(model: str, quantized: str, data: str | None, seed: int, top: int, as_json: bool) -> None:
+    """Tell where QUANTIZED errs: each value of FLOAT with the error injected and accumulated there, worst first.
+
+    Also the layers that stayed float, and why.
+    """
+    from .runtime.blame import blame_files
+    from .runtime.show import show_blame
+
+    with _bar().shown() as bar:
+        found = blame_files(model, quantized, data, seed, bar)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        show_blame(found, top, _console())
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option("--data", required=True, help=DATA_HELP)
+@click.option("-o", "--output", required=True, type=click.Path(), help="Where the ranges go, as JSON.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@debug
+def calibrate(model: str, data: str, output: str, threads: int, force: bool) -> None:
+    """Write down what the activations of MODEL hold on sample inputs, for quantize-static{ranges=FILE}."""
+    from .ir.address import printable
+    from .runtime.calibration import calibrate_file
+
+    parts = split(data)
+    reads = {"MODEL": model, "--data": parts[0] if parts and is_file(parts[0]) else data}
+    _require_apart({"-o": output}, reads)
+    require_writable(output, force)
+    with _bar().shown() as bar:
+        found = calibrate_file(model, data, output, threads=threads, progress=bar)
+    for sentence in found.warnings:
+        click.echo(f"warning: {printable(sentence)}", err=True)
+    count = len(found.found)
+    click.echo(f"{count} value{'' if count == 1 else 's'} on {found.about}, written to {output}")
+
+
+@cli.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path())
 @click.option("--data", help=DATA_HELP)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
@@ -336,16 +384,20 @@ def require_writable(output: str, force: bool) -> None:
 
 def _require_targets(output: str, json_file: str | None, force: bool, reads: Mapping[str, str | None]) -> None:
     """Raise ``PenjingError`` where writing would fail in the end, or hit what is read; OUT may replace MODEL."""
-    writes = {"-o": output} | ({"--json": json_file} if json_file else {})
-    for name, target in writes.items():
-        for other, source in {**reads, **writes}.items():
-            if source is None or other == name or (name, other) == ("-o", "MODEL"):
-                continue
-            if _entry(target) in (_entry(source), os.path.realpath(source)):
-                raise UsageError(f"{name} and {other} are the same file, {target}; name another for {name}.")
+    _require_apart({"-o": output} | ({"--json": json_file} if json_file else {}), reads, replaces="MODEL")
     require_writable(output, force)
     if json_file and (Path(json_file).is_file() or not os.path.exists(json_file)):
         require_writable(json_file, force)
+
+
+def _require_apart(writes: Mapping[str, str], reads: Mapping[str, str | None], replaces: str = "") -> None:
+    """Raise ``UsageError`` where a file is written and read, or written twice; -o may replace ``replaces``."""
+    for name, target in writes.items():
+        for other, source in {**reads, **writes}.items():
+            if source is None or other == name or (name, other) == ("-o", replaces):
+                continue
+            if _entry(target) in (_entry(source), os.path.realpath(source)):
+                raise UsageError(f"{name} and {other} are the same file, {target}; name another for {name}.")
 
 
 def _entry(path: str) -> str:

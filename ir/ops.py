@@ -464,7 +464,7 @@ def _normalizations() -> Iterable[Operator]:
 def _movements() -> Iterable[Operator]:
     """Operators that only rearrange, pick or repeat, and their like that also pad or compute sizes."""
     picks = Integer("itself", equal=True)
-    yield _op("Identity", *_data("input"), moves=True, elementwise="unary")
+    yield _op("Identity", *_data("input"), moves=True, elementwise="unary", integer=picks)
     yield _op("Reshape", *_data("data"), *_shape("shape"), moves=True, integer=picks)
     yield _op("Transpose", *_data("data"), moves=True, integer=picks)
     yield _op("Flatten", *_data("input"), moves=True, integer=picks)
@@ -474,14 +474,14 @@ def _movements() -> Iterable[Operator]:
     yield _op("Split", *_data("input"), *_shape("split"), moves=True, integer=picks)
     yield _op("SplitToSequence", *_data("input"), *_shape("split"))
     yield _op("Slice", *_data("data"), *_shape("starts ends axes steps"), moves=True, integer=picks)
-    yield _op("Expand", *_data("input"), *_shape("shape"), moves=True)
-    yield _op("Tile", *_data("input"), *_shape("repeats"), moves=True)
-    yield _op("DepthToSpace", *_data("input"), moves=True)
+    yield _op("Expand", *_data("input"), *_shape("shape"), moves=True, integer=picks)
+    yield _op("Tile", *_data("input"), *_shape("repeats"), moves=True, integer=picks)
+    yield _op("DepthToSpace", *_data("input"), moves=True, integer=picks)
     yield _op("SpaceToDepth", *_data("input"), moves=True)
     yield _op("ReverseSequence", *_data("input"), *_shape("sequence_lens"), moves=True)
     yield _op("Compress", *_data("input"), *_index("condition"), moves=True)
     yield _op("Gather", *_embeddings("data"), *_index("indices"), moves=True, integer=picks)
-    yield _op("GatherElements", _port("data", Kind.TABLE), *_index("indices"), moves=True)
+    yield _op("GatherElements", _port("data", Kind.TABLE), *_index("indices"), moves=True, integer=picks)
     yield _op("GatherND", _port("data", Kind.TABLE), *_index("indices"), moves=True)
     yield _op("MaxPool", *_data("X"), integer=picks)
     yield _op("Pad", *_data("data"), *_shape("pads constant_value axes"))
@@ -504,7 +504,7 @@ def _movements() -> Iterable[Operator]:
     yield _op("CumProd", *_data("x"), *_shape("axis"))
     reductions = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
     for name in reductions.split():
-        yield _op(f"Reduce{name}", *_data("data"), *_shape("axes"))
+        yield _op(f"Reduce{name}", *_data("data"), *_shape("axes"), integer=picks if name in ("Max", "Min") else None)
 
 
 def _quantizers() -> Iterable[Operator]:

@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 _VAST = 16 << 20  # bytes
 _RESHAPING = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _KEEPING = {"Identity", "Cast", "CastLike", "QuantizeLinear"}
+_DECODING = {"Sub", "Mul"}
 Call = tuple[ir.Node, ir.Graph]  # a node that calls a function, and the function's graph
 
 _FOLLOWED = {("", name) for name in _RESHAPING | _KEEPING | {"Transpose", "DequantizeLinear"}} | {
@@ -64,6 +65,7 @@ class _View:
     quantization: Quantization | None = None
     is_float: bool = False
     requantized: bool = False
+    offset: Array | None = None  # what Sub took off the integers, after Cast, in the stored axes
 
 
 class Tracer:
@@ -120,6 +122,8 @@ class Tracer:
             step = self._step(view, node)
             if step is not None:
                 return [replace(step, value=node.outputs[0], path=(*view.path, node))]
+        elif node.op_type in _DECODING and not node.domain and (step := self._decoded(view, node, index)) is not None:
+            return [replace(step, value=node.outputs[0], path=(*view.path, node))]
         elif (node.domain, node.op_type) in self.called and node.op_identifier() in self.functions:
             function = self.functions[node.op_identifier()]
             recursive = any(graph is function.graph for _, graph in view.calls)
@@ -146,6 +150,31 @@ class Tracer:
         if node.op_type == "QuantizeLinear":
             return replace(view, requantized=True, is_float=False)
         return view
+
+    def _decoded(self, view: _View, node: ir.Node, index: int) -> _View | None:
+        """The view after Sub of a zero point, or Mul by a scale, of integers that Cast made float; else None."""
+        if view.is_float or view.quantization is not None or view.shape is None or index > 1:
+            return None
+        casts = [maker.attributes.get_int("to", 0) for maker in view.path if maker.op_type == "Cast"]
+        plain = view.dtype.is_integer() and view.dtype.bitwidth <= 16
+        if not (plain and casts and ir.DataType(casts[-1]).is_floating_point()):
+            return None
+        given = constant(node.inputs[1 - index], view.calls)
+        array = None if given is None else _broadcast(given, view.shape)
+        if array is None:
+            return None
+        if node.op_type == "Sub":
+            with np.errstate(invalid="ignore"):
+                exact = np.array_equal(array.astype(view.dtype.numpy()).astype(array.dtype), array)
+            usable = exact and index == 0 and view.offset is None
+            offset = placed(array, view.axes, view.rank) if usable else None
+            return None if offset is None else replace(view, offset=offset.astype(view.dtype.numpy()))
+        varying = [axis for axis, size in enumerate(array.shape) if size > 1]
+        zero = np.zeros((), view.dtype.numpy())
+        found = _quantization(view, array, zero, varying[0] if len(varying) == 1 else None, 0)
+        if found is not None and view.offset is not None:
+            found = replace(found, zero_point=view.offset)
+        return None if found is None else replace(view, quantization=found, is_float=True)
 
     def _outside(self, view: _View, found: list[Use]) -> list[_View]:
         """Where the output of a function or of an If branch goes; of other bodies, a use by their node in ``found``."""
@@ -348,6 +377,14 @@ def _aligned(given: Array, shape: Sequence[int], axis: int | None) -> Array | No
     if given.size != shape[axis]:  # DynamicQuantizeLSTM per tensor: one for each direction
         return given.reshape([-1, *[1] * (rank - 1)]) if given.size == shape[0] else None
     return given.reshape([-1 if place == axis else 1 for place in range(rank)])
+
+
+def _broadcast(given: Array, shape: tuple[int, ...]) -> Array | None:
+    """``given`` at the rank of ``shape``; None where that does not stay the same once they are broadcast."""
+    if given.ndim > len(shape):
+        return None
+    full = given.reshape((1,) * (len(shape) - given.ndim) + given.shape)
+    return full if all(size in (1, own) for size, own in zip(full.shape, shape, strict=True)) else None
 
 
 def _resolved(old: tuple[int, ...], wanted: list[int], allow_zero: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from ..ir.errors import NeedsData
 from .ledger import Change, Ledger, Number, Skip
 from .options import check_fields, format_options
+from .points import Point
 from .registry import register
 from .selection import NOTHING, Selection
 
@@ -68,6 +69,10 @@ class Runner(Protocol):
         self, model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None, level: Level = "all"
     ) -> Iterator[Outputs]:
         """The outputs of each feed; ``outputs`` may also name intermediate values of the main graph."""
+        ...
+
+    def statistics(self, model: ir.Model, points: Iterable[Point], feeds: Feeds) -> Mapping[Point, Any]:
+        """What each point asks for, from one sweep over the feeds; a point's class says which type its answer has."""
         ...
 
     def score(self, model: ir.Model) -> float:

@@ -7,19 +7,28 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import onnx_ir as ir
+
+from ..ir.address import graphs
 from ..ir.atomic import replace_file
+from ..ir.errors import PenjingError, one_line
 from ..ir.summary import Figures
 from ..passes.instruments import Step
 from ..passes.ledger import Ledger
 from .compare import Comparison
 
+if TYPE_CHECKING:
+    from .kernels import Kernels
+
 Mode = Literal["off", "end", "each"]
 
 SCHEMA = 1  # raised when a reader of an older report would misread a newer one
+_QUANTIZED = re.compile(r"Q(?!uickGelu)|.*[Qq]uantize|.*Integer|.*NBits")
 SHOWN_ENTRIES = 1000  # changes and skips listed one by one for each pass; beyond, only counted
 
 
@@ -104,6 +113,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     failure: str | None = None
     reproducer: str | None = None
+    kernels: Kernels | str | None = None  # see ``quantized_kernels``
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values, by ``report.schema.json``; infinities and NaN become ``null``."""
@@ -121,6 +131,7 @@ class Report:
                 "check": self.check.as_json(),
                 "metric": None if self.metric is None else dataclasses.asdict(self.metric),
                 "latency": self.latency,
+                "kernels": counts(self.kernels),
                 "warnings": self.warnings,
                 "failure": self.failure,
                 "reproducer": self.reproducer,
@@ -131,6 +142,42 @@ class Report:
     def write(self, path: str | Path) -> None:
         """Write the report as JSON, all of it or nothing. Raises ``BadFile``."""
         replace_file(path, (json.dumps(self.as_json(), indent=2) + "\n").encode())
+
+
+def quantized_kernels(model: ir.Model, ran: bool) -> Kernels | str | None:
+    """The kernels of ``model``, or why they are not counted: it is large, or it never ``ran`` here.
+
+    None for a model without operators that make, read or compute with quantized numbers.
+    """
+    from .kernels import kernels
+    from .session import LARGE, tensor_bytes
+
+    if not any(_QUANTIZED.match(node.op_type) for _, graph in graphs(model) for node in graph):
+        return None
+    if not ran:
+        return "not counted: nothing was run"
+    if tensor_bytes(model) > LARGE:
+        return "not counted: a large model"
+    try:
+        return kernels(model)
+    except Exception as error:  # no run fails for what is only told beside it
+        return f"not counted: {error if isinstance(error, PenjingError) else one_line(error)}"
+
+
+def counts(found: Kernels | str | None) -> dict[str, Any] | None:
+    """Kernels as JSON values: how many layers there are, and run on integers, and which operators do not and why."""
+    if found is None:
+        return None
+    if isinstance(found, str):
+        return {"not_counted": found.removeprefix("not counted: ")}
+    return {
+        "layers": found.layers,
+        "fused": found.fused,
+        "integer": dict(found.integer),
+        "quantizers": dict(found.quantizers),
+        "floating": [one._asdict() for one in found.floating],
+        "others": [one._asdict() for one in found.others],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from .feeds import Feeds as FeedSet
 from .feeds import Labels, read_feeds, read_labels
 from .functions import load_function
 from .progress import Progress
-from .report import CheckReport, MetricReport, Mode, PassReport, Report
+from .report import CheckReport, MetricReport, Mode, PassReport, Report, quantized_kernels
 from .reproducer import require_room, write_reproducer
 from .session import LARGE, OrtRunner, require_runnable, tensor_bytes
 from .sizes import too_large
@@ -136,7 +136,8 @@ def run(
     if checked is not None and judged and large is None:
         tried(model, checked)
     # One choice of packing for every session, since packing moves the last bits of a MatMul.
-    runner = OrtRunner(score, metric_name=_name(metric), prepack=tensor_bytes(model) <= LARGE)
+    prepack = tensor_bytes(model) <= LARGE
+    runner = OrtRunner(score, metric_name=_name(metric), prepack=prepack, progress=progress)
     ctx = Context(
         seed=seed,
         models={name: _model(partner) for name, partner in models.items()} if models else None,
@@ -220,6 +221,7 @@ class _Proof:
                 raise bisect(passes, self.model, self.feeds, self.runner, self.ctx) or self._breach(found)
             report.check.comparison = found
             report.warnings += noisy(found) + unvisited(self.model, self.feeds, self.runner)
+        report.kernels = quantized_kernels(work, ran=self.feeds is not None)
         if report.metric is not None:
             self.progress.say("the metric after")
             try:

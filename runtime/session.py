@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -27,17 +27,21 @@ from ..ir.interrupts import uninterrupted
 from ..ir.tensors import standing_in, tensors
 from ..ir.versions import greatest_need, needed_ir_version
 from ..passes.base import Array, Feeds, Outputs
+from ..passes.points import Point
 from .interrupt import stoppable
 from .sizes import too_large
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+    from .progress import Progress
+
 Level = Literal["off", "basic", "extended", "all"]
 Metric = Callable[["InferenceSession"], float]
 
 LARGE = 256 * 2**20  # bytes of weights above which a model is memory-mapped, not copied into a session
 TRIAL_BYTES = 2**30  # activations that a trial run may take
+WHOLE = 1536 * 2**20  # bytes of weights up to which a model can be held as one protobuf message, some times over
 OPENING_SECONDS = 300  # that opening a session may take at first
 _GROWTH = 2**24  # bytes by which their memory grows at most, where one value does not ask for more
 _INLINE = 32 * 2**20  # bytes of weights that go beside mapped ones: they are held three times on the way
@@ -171,6 +175,25 @@ def open_session(
     return _open(os.fspath(model), _options(level, threads, prepack is not False, bounded))
 
 
+def optimized(model: ir.Model) -> ir.Model:
+    """The graph that ONNX Runtime makes of ``model`` at level all, with its own operators, to look at; not to be saved.
+
+    Raises ``DoesNotRun`` with ONNX Runtime's reason, or where the weights are past ``WHOLE`` bytes: they are copied.
+    """
+    size = tensor_bytes(model)
+    if reason := _too_new(model):
+        raise DoesNotRun(reason)
+    if size > WHOLE:
+        raise DoesNotRun(f"its weights take {size / 1e9:.1f} GB, and only of a smaller model can the kernels be seen.")
+    options = _options("all", 1, True, False)
+    # Into blocks of channels it would put float convolutions last of all, and they would lose their names.
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "NchwcTransformer")
+    with tempfile.TemporaryDirectory(prefix="penjing-", ignore_cleanup_errors=True) as folder:
+        options.optimized_model_filepath = os.path.join(folder, "model.onnx")
+        _open(_inline(model), options)
+        return ir.from_proto(onnx.load(options.optimized_model_filepath))
+
+
 def run_feed(
     session: InferenceSession,
     feed: Mapping[str, Any],
@@ -239,7 +262,8 @@ class OrtRunner:
     """Runs models with ONNX Runtime, on one thread by default: the ``Runner`` of ``passes.base``.
 
     ``metric`` maps a session to a float, higher is better; ``metric_name`` is what messages call it.
-    ``prepack`` as in ``open_session``; give one choice for models whose outputs are compared.
+    ``prepack`` as in ``open_session``; give one choice for models whose outputs are compared. ``progress`` is told of
+    walks over the data.
     """
 
     def __init__(
@@ -249,11 +273,13 @@ class OrtRunner:
         metric_name: str | None = None,
         threads: int = 1,
         prepack: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.metric = metric
         self.metric_name = str(metric_name or getattr(metric, "__name__", "metric"))
         self.threads = threads
         self.prepack = prepack
+        self.progress = progress
 
     def session(self, model: ir.Model, level: str = "all") -> InferenceSession:
         """A session with this runner's threads and packing."""
@@ -268,6 +294,12 @@ class OrtRunner:
         """
         session = self.session(model if outputs is None else _with_outputs(model, outputs), level)
         return (run_feed(session, feed, outputs) for feed in feeds)
+
+    def statistics(self, model: ir.Model, points: Iterable[Point], feeds: Feeds) -> dict[Point, Any]:
+        """What each point asks for, from one sweep over the feeds; see ``statistics.collect``."""
+        from .statistics import collect
+
+        return collect(model, points, feeds, threads=self.threads, progress=self.progress)
 
     def score(self, model: ir.Model) -> float:
         """The metric of ``model``. Raises ``UsageError`` where it raises or returns anything but a finite number."""

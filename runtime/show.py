@@ -14,10 +14,15 @@ from .session import LARGE
 
 if TYPE_CHECKING:
     from ..ir.summary import Summary
-    from .compare import Comparison
+    from .blame import Blame
+    from .compare import Comparison, OutputDifference
+    from .kernels import Floating
     from .measure import Timing
 
+MOST_OPERATORS = 3  # shown for one value of a blame; --json has all
 MOST_LINES = 6  # kinds of change, and reasons of skips, shown for one pass; --json has all
+_NUMERIC = {"seconds", "zeros", "distinct", "bytes", "entropy", "ratio", "cosine"}
+_NUMERIC |= {"SQNR dB", "injected dB", "accumulated dB"}
 
 
 def show_report(report: Report, console: Console) -> None:
@@ -53,6 +58,29 @@ def show_comparison(comparison: Comparison, about: str, console: Console) -> Non
         )
     console.print(table)
     console.print("bit-identical" if comparison.equal else "not bit-identical", f"on {plain(about)}")
+
+
+def show_blame(found: Blame, top: int, console: Console) -> None:
+    """One line for each of the ``top`` worst values, for each output, and for what stayed float."""
+    worst, others = found.entries[:top], found.entries[top:]
+    error = "max|Δ|/max|y|"
+    table = _table("value", "computed by", "as", "injected dB", error, "accumulated dB", error, "cosine")
+    for entry in (*worst, *(entry for entry in others if entry.output)):
+        node = "" if entry.node in entry.value else printable(entry.node)
+        made = " ".join(filter(None, ("+".join(_cut(entry.operators)), node))) or "a model input"
+        errors = (*_errors(entry.injected), *_errors(entry.accumulated), _number(entry.accumulated.cosine, ".6f"))
+        table.add_row(plain(printable(entry.value)), plain(made), entry.type, *errors)
+    console.print(table)
+    rest = f"; the outputs, and the {len(worst)} worst" if others else ""
+    console.print(f"{len(found.entries):,} of {found.values:,} values matched{rest}; on {plain(found.feeds)}")
+    moved = f"moved the outputs by {found.disturbance:.1e} of max|y|" if found.disturbance else "moved no output"
+    console.print(f"judged at full optimization, quantized values as integers; looking at them {moved}")
+    if found.kernels is not None:
+        left = ", ".join(f"{count} {name}" for name, count in found.kernels.quantizers.items())
+        console.print(found.kernels.summary() + (f"; {left} left" if left else ""))
+        _show_floating([*found.kernels.floating, *found.kernels.others], top, console)
+    for note in found.notes:
+        console.print(f"[yellow]note:[/] {plain(note)}")
 
 
 def show_timings(timings: list[Timing], about: str, console: Console) -> None:
@@ -102,9 +130,29 @@ def plain(text: str) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        numeric = column in {"seconds", "zeros", "distinct", "bytes", "entropy", "ratio", "SQNR dB", "cosine"}
+        numeric = column in _NUMERIC
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     return table
+
+
+def _show_floating(floating: list[Floating], top: int, console: Console) -> None:
+    """What stayed float, layers first, and why."""
+    if not floating:
+        return
+    table = _table("stayed float", "operator", "why")
+    for one in floating[:top]:
+        table.add_row(plain(printable(one.address)), plain(one.operator), plain(one.reason))
+    console.print(table)
+    if len(floating) > top:
+        console.print(f"... and {len(floating) - top} more (--json lists them)")
+
+
+def _errors(found: OutputDifference | None) -> tuple[str, str]:
+    return ("-", "-") if found is None else (_number(found.sqnr_db, ".1f"), _number(found.max_error))
+
+
+def _cut(operators: list[str]) -> list[str]:
+    return operators if len(operators) <= MOST_OPERATORS else ["...", *operators[-MOST_OPERATORS:]]
 
 
 def _deeds(entry: PassReport) -> str:
@@ -144,6 +192,9 @@ def _before_and_after(report: Report) -> Table:
         table.add_row(
             plain(report.metric.name), _number(report.metric.before, ".6g"), _number(report.metric.after, ".6g")
         )
+    if report.kernels is not None:
+        told = report.kernels if isinstance(report.kernels, str) else report.kernels.summary()
+        table.add_row("integer kernels", "", plain(told))
     if report.latency:
         table.add_row("latency ms a run", f"{report.latency['before_ms']:.3f}", f"{report.latency['after_ms']:.3f}")
     elif report.target:

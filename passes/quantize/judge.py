@@ -1,0 +1,218 @@
+"""How far the outputs of a quantized model are from those of the float model, and whether that is near enough."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..base import Array, Context, Outputs
+
+MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
+_HELD = 256 * 2**20  # bytes of outputs of the float model that are kept, not computed again
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """What the user allows to be lost: of the metric or of top-1 agreement, and the least SQNR of an output in dB."""
+
+    max_drop: float
+    min_sqnr: float
+
+
+@dataclass(slots=True)
+class Fidelity:
+    """How a model compares with the float one: SQNR in dB and agreement by output, and the drop of the metric."""
+
+    sqnr: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    drop: float | None = None
+
+    def distance(self, bars: Bars) -> float:
+        """How far it is over a bar, as a share of what is allowed: at most 1 is good, the less the better."""
+        if self.drop is not None:
+            return self.drop / bars.max_drop if bars.max_drop else (1.0 if self.drop <= 0 else math.inf)
+        noise = max((10 ** ((bars.min_sqnr - found) / 10) for found in self.sqnr.values()), default=0.0)
+        lost = max((1 - share for share in self.agreement.values()), default=0.0)
+        return max(noise, lost / bars.max_drop if bars.max_drop else (math.inf if lost else 0.0))
+
+    @property
+    def noise(self) -> float:
+        """Noise over signal, of the worst output."""
+        return max((10 ** (-found / 10) for found in self.sqnr.values()), default=0.0)
+
+    def __str__(self) -> str:
+        parts = [] if self.drop is None else [f"metric down by {self.drop:.4g}"]
+        if self.sqnr:
+            parts.append(f"SQNR {min(self.sqnr.values()):.1f} dB")
+        if self.agreement:
+            parts.append(f"agreement {min(self.agreement.values()):.4g}")
+        return ", ".join(parts) or "no float output"
+
+
+class Judge:
+    """Compares models with the float one on the same feeds, as users would see them: at full optimization."""
+
+    def __init__(self, model: ir.Model, ctx: Context) -> None:
+        feeds = ctx.check_data if ctx.has("check_data") else ctx.data
+        self.model, self.ctx, self.runner = model, ctx, ctx.runner
+        self.feeds = _spread(feeds, MOST_RUNS)
+        self.states = _states(model, self.feeds, self._float_outputs())
+        self.score = ctx.runner.score(model) if ctx.has("metric") else None
+        self._kept = self._keep()
+
+    def fidelity(self, model: ir.Model, *, runs: int | None = None, metric: bool = True) -> Fidelity:
+        """How ``model`` compares on all feeds, or about ``runs`` of them; the metric takes all of its own data."""
+        feeds = self.feeds if runs is None or self.states else self.feeds[:: max(1, len(self.feeds) // runs)]
+        wanted = self._kept or list(self._float_outputs())
+        if len(feeds) < len(self.feeds):
+            wanted = wanted[:: max(1, len(self.feeds) // (runs or 1))]
+        sums: dict[str, _Sums] = {}
+        for expected, found in zip(wanted, self._outputs(model, feeds), strict=True):
+            for name, output in expected.items():
+                sums.setdefault(name, _Sums()).add(output, found.get(name))
+        result = Fidelity(
+            {name: one.sqnr for name, one in sums.items() if one.is_float},
+            {name: one.agreement for name, one in sums.items() if one.rows},
+        )
+        if self.score is not None and metric:
+            result.drop = self.score - self.runner.score(model)
+        return result
+
+    def _keep(self) -> list[Outputs]:
+        kept, size = [], 0
+        for outputs in self._float_outputs():
+            kept.append(outputs)
+            size += sum(value.nbytes for value in outputs.values() if isinstance(value, np.ndarray))
+            if size > _HELD:
+                return []
+        return kept
+
+    def _float_outputs(self) -> Iterator[Outputs]:
+        return self.runner.run(self.model, self.feeds)
+
+    def _outputs(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]]) -> Iterator[Outputs]:
+        """The outputs of each feed; where feeds are steps of a sequence, a model gets the states that it made."""
+        if not self.states:
+            yield from self.runner.run(model, feeds)
+            return
+        state: dict[str, Any] = {}
+
+        def steps() -> Iterator[Mapping[str, Array]]:
+            for place, feed in enumerate(feeds):
+                yield {**feed, **state} if place not in self.states.starts else feed
+
+        for outputs in self.runner.run(model, _Lazy(steps)):
+            state = {name: outputs[source] for name, source in self.states.pairs.items()}
+            yield outputs
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Inputs that are outputs of the step before, and the feeds that start anew."""
+
+    pairs: Mapping[str, str]
+    starts: frozenset[int]
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs)
+
+
+def _states(model: ir.Model, feeds: Sequence[Mapping[str, Array]], outputs: Iterable[Outputs]) -> States:
+    """Which inputs the feeds take from the outputs of the float model one run earlier, to the last bits."""
+    pairs: dict[str, str] | None = None
+    starts = {0}
+    last: Outputs = {}
+    for place, (feed, found) in enumerate(zip(feeds, outputs, strict=True)):
+        if place:
+            carried = {name: _source(array, last) for name, array in feed.items()}
+            known = {name: source for name, source in carried.items() if source is not None}
+            if known:
+                pairs = known if pairs is None else {k: v for k, v in pairs.items() if known.get(k) == v}
+            else:
+                starts.add(place)
+        last = found
+    return States(pairs or {}, frozenset(starts))
+
+
+def _source(array: Array, outputs: Outputs) -> str | None:
+    """The output that ``array`` repeats; nothing that is all equal numbers, as states are where they start."""
+    if array.dtype.kind != "f" or array.size < 2 or not np.ptp(array):
+        return None
+    for name, found in outputs.items():
+        if isinstance(found, np.ndarray) and found.shape == array.shape and np.allclose(found, array, 1e-3, 1e-5):
+            return name
+    return None
+
+
+class _Lazy:
+    """Feeds that depend on the outputs of the run before."""
+
+    def __init__(self, steps: Any) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Mapping[str, Array]]:
+        return iter(self.steps())
+
+
+class _Sums:
+    """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = 0.0
+        self.rows = self.same = 0
+        self.is_float = False
+
+    @property
+    def sqnr(self) -> float:
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def agreement(self) -> float:
+        return self.same / self.rows
+
+    def add(self, wanted: Any, found: Any) -> None:
+        if isinstance(wanted, np.ndarray) and isinstance(found, np.ndarray):
+            self._array(wanted, found)
+        elif isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str):
+            for pair in itertools.zip_longest(wanted, found):
+                self.add(*pair)
+        elif isinstance(wanted, Mapping) and isinstance(found, Mapping):
+            for key in wanted:
+                self.add(wanted[key], found.get(key))
+        else:
+            self.rows += 1
+            self.same += wanted == found
+
+    def _array(self, wanted: Array, found: Array) -> None:
+        if wanted.dtype.kind not in "fV":
+            self.rows += wanted.size
+            self.same += int((wanted == found).sum()) if wanted.shape == found.shape else 0
+            return
+        self.is_float = True
+        signal = wanted.astype(np.float64)
+        finite = np.isfinite(signal)
+        energy = float(np.square(signal[finite]).sum())
+        self.signal += energy
+        if wanted.shape != found.shape:
+            self.noise += energy or 1.0
+            return
+        other = found.astype(np.float64)
+        error = other[finite] - signal[finite]
+        lost = not np.isfinite(error).all() or not np.array_equal(signal[~finite], other[~finite], equal_nan=True)
+        self.noise += math.inf if lost else float(np.square(error).sum())
+        if signal.ndim == 2 and signal.shape[1] > 1 and not lost:
+            self.rows += len(signal)
+            self.same += int((signal.argmax(1) == other.argmax(1)).sum())
+
+
+def _spread(feeds: Iterable[Mapping[str, Array]], most: int) -> list[Mapping[str, Array]]:
+    """All feeds, or as many as ``most`` consecutive ones: the first, since they may be steps of a sequence."""
+    return list(itertools.islice(feeds, most))

@@ -1,0 +1,106 @@
+"""Which units run on integers: the choice of least predicted time, found exactly as a minimum cut.
+
+Each unit is on integers or in float and costs its time there; each value that crosses from float to integers costs a
+QuantizeLinear once, and one that crosses back a DequantizeLinear. Such a sum of costs of single and paired choices is
+the capacity of a cut (Greig, Porteous and Seheult, 1989), so no choice of regions is faster by the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from .costs import dequantize_cost, float_cost, integer_cost, quantize_cost, transpose_cost
+from .units import Role, Unit, readers
+
+Sizes = Callable[[ir.Value], tuple[int, ...]]
+
+_INTEGER, _FLOAT = "integer", "float"
+_TICKS = 16  # a nanosecond in so many whole units, for the cut is exact in integers only
+
+
+def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> list[Unit]:
+    """The units of one graph to run on integers.
+
+    ``dims`` gives the sizes of a value; ``costs`` the nanoseconds of a unit in float and on integers, infinite where
+    it must not be so. Of choices of equal cost the one with the most integers.
+    """
+    import networkx as nx
+
+    if not units:
+        return []
+    network = nx.DiGraph()
+    makers = {value: unit for unit in units for value in unit.outputs}
+    members = {node: unit for unit in units for node in unit.nodes}
+    for unit in units:
+        in_float, on_integers = costs(unit)
+        _join(network, _INTEGER, unit, in_float)  # cut where the unit is in float
+        _join(network, unit, _FLOAT, on_integers)
+    for value in dict.fromkeys(value for unit in units for value in (*unit.sources, *unit.outputs)):
+        _add_value(network, value, makers.get(value), _reading(value, members), dims)
+    _, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
+    return [unit for unit in units if unit in integers]
+
+
+def unit_costs(unit: Unit, dims: Sizes) -> tuple[float, float]:
+    """Nanoseconds of the unit in float, and on integers."""
+    in_float = sum(float_cost(node, dims) for node in unit.nodes)
+    return in_float, integer_cost(_lookup(unit, dims) if unit.role is Role.CLAMP else unit.node, dims)
+
+
+def _lookup(unit: Unit, dims: Sizes) -> ir.Node:
+    """The node that a HardSigmoid becomes on integers: a table of 256 entries is looked up."""
+    return ir.node("LeakyRelu", [ir.Value(shape=ir.Shape(dims(unit.outputs[0])))])
+
+
+def elements(value: ir.Value, dims: Sizes) -> int:
+    """How many elements ``value`` has."""
+    return math.prod(dims(value))
+
+
+def _add_value(
+    network: Any, value: ir.Value, maker: Unit | None, reading: tuple[list[Unit], bool], dims: Sizes
+) -> None:
+    units, others = reading
+    size = elements(value, dims)
+    # Integer convolutions run channels-last: what enters or leaves a chain of them is transposed.
+    turn = transpose_cost(size) if len(dims(value)) > 2 and _near_conv(maker, units) else 0.0
+    source: object = maker or _FLOAT
+    gate = ("quantize", value)
+    for unit in units:
+        _join(network, unit, gate, math.inf)
+    if units:
+        _join(network, gate, source, quantize_cost(size) + turn)
+    if maker is None:
+        return
+    gate = ("dequantize", value)
+    plain = not maker.needs_output and maker.role is Role.LAYER  # its kernel can give floats at once
+    _join(network, maker, gate, 0.0 if plain and not units else dequantize_cost(size) + turn)
+    for reader in (*units, *([_FLOAT] if others else [])):
+        _join(network, gate, reader, math.inf)
+
+
+def _reading(value: ir.Value, members: dict[ir.Node, Unit]) -> tuple[list[Unit], bool]:
+    """The units that read ``value`` as an activation, and whether anything else does."""
+    units: dict[Unit, None] = {}
+    others = value.is_graph_output()
+    for node, port in readers(value):
+        unit = members.get(node)
+        if unit is not None and node is unit.node and port in unit.inputs:
+            units[unit] = None
+        elif unit is None or node is unit.node:
+            others = True
+    return list(units), others
+
+
+def _join(network: Any, start: object, end: object, capacity: float) -> None:
+    """An edge that costs ``capacity`` nanoseconds to cut, on top of what it may cost already."""
+    known = network.edges[start, end]["capacity"] if network.has_edge(start, end) else 0
+    network.add_edge(start, end, capacity=known + (capacity if math.isinf(capacity) else round(capacity * _TICKS)))
+
+
+def _near_conv(maker: Unit | None, units: Sequence[Unit]) -> bool:
+    return any(unit is not None and unit.node.op_type == "Conv" for unit in (maker, *units))

@@ -1,0 +1,119 @@
+"""From a float model and what is known of its activations to the units that run on integers, and their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.address import addresses
+from ...ir.affine import Affine, affine
+from ...ir.edit import Names
+from ...ir.kernels import Bounds
+from ...ir.opset import raise_opset
+from ...ir.scopes import Scope, scopes
+from ...ir.shapes import dims
+from ..base import Context
+from ..pipeline import Pipeline
+from .insertion import Grids, clamp_scales
+from .placement import Sizes, place
+from .units import Left, Role, Unit, find_units
+
+LEAST_OPSET = 13  # below it a QuantizeLinear has one scale for a whole tensor
+_USUAL = 1  # the size of a dimension of which nothing is known
+
+Ranges = Mapping[ir.Value, tuple[float, float]]
+
+
+def prepare(model: ir.Model, ctx: Context) -> None:
+    """Bring a model into the form that is placed: inlined, of opset 13 or newer, cleaned."""
+    if model.functions:
+        from onnx_ir.passes.common import InlinePass
+
+        count = len(model.functions)
+        InlinePass()(model)
+        ctx.change("functions", f"{count} inlined, for their scales depend on the caller")
+    stamp = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+    if 0 < stamp < LEAST_OPSET:
+        raise_opset(model, LEAST_OPSET)
+        ctx.change("main graph", f"opset {stamp} to {LEAST_OPSET}, for scales of channels")
+    for step in Pipeline.of("clean,fuse-activations").run(model, ctx):
+        ctx.ledger.changes += step.ledger.changes
+    names = Names(model)
+    for scope in scopes(model):
+        for node in scope.graph:
+            node.name = node.name or names.fresh(node.op_type)
+
+
+@dataclass(slots=True)
+class Plan:
+    """The units of all graphs, the layers that cannot be units, and the address of every value."""
+
+    model: ir.Model
+    units: list[tuple[Scope, list[Unit]]] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    addresses: Mapping[ir.Value | ir.Node, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Plan:
+        plan = cls(model, addresses=addresses(model))
+        for scope in scopes(model):
+            units, left = find_units(scope)
+            plan.units.append((scope, units))
+            plan.left += left
+        return plan
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The activations that a unit reads or makes: what there have to be ranges of."""
+        found = (value for _, units in self.units for unit in units for value in (*unit.sources, *unit.outputs))
+        return list(dict.fromkeys(found))
+
+    def place(self, sizes: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> list[tuple[Scope, list[Unit]]]:
+        """The units that run on integers, by graph."""
+        return [(scope, place(units, sizes, costs)) for scope, units in self.units]
+
+
+def sizes_of(known: Mapping[ir.Value, tuple[int, ...]]) -> Sizes:
+    """Sizes as they were seen at run time, else as inferred, with 1 for what is not known."""
+
+    def sizes(value: ir.Value) -> tuple[int, ...]:
+        if value in known:
+            return known[value]
+        found = dims(value)
+        return () if found is None else tuple(size if isinstance(size, int) else _USUAL for size in found)
+
+    return sizes
+
+
+def scales(units: list[Unit], ranges: Ranges, grids: Grids) -> dict[ir.Value, Affine]:
+    """The scale of each activation that ``units``, which are in order, read or make.
+
+    Its own, from its range; that of another where a unit only moves it; fixed for what HardSigmoid makes.
+    """
+    bounds = {value: unit.bounds for unit in units for value in unit.outputs if unit.bounds is not None}
+    found: dict[ir.Value, Affine] = {}
+    for unit in units:
+        for value in unit.sources:
+            if value not in found:
+                found[value] = _own(ranges[value], grids, bounds.get(value))
+        for value in unit.outputs:
+            if unit.role is Role.SAME:
+                found[value] = found[unit.sources[0]]
+            elif unit.role is Role.CLAMP:
+                found[value] = clamp_scales(unit.node, grids.activations)[1]
+            elif unit.needs_output or value.uses():
+                found[value] = _own(ranges[value], grids, bounds.get(value))
+    return found
+
+
+def _own(extent: tuple[float, float], grids: Grids, bounds: Bounds | None) -> Affine:
+    low, high = extent
+    if bounds is not None:
+        low, high = max(low, bounds.low), min(high, bounds.high)
+    made = affine(low, high, grids.activations, power_of_two=grids.power_of_two)
+    while bounds is not None and not bounds.hold(made) and made.zero_point == grids.activations.lowest:
+        made = replace(made, scale=np.nextafter(made.scale, np.float32(0)))
+    return made

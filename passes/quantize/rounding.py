@@ -1,0 +1,290 @@
+"""Rounding of weights that minimizes the error of what their layers compute, not that of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.address import addresses
+from ...ir.affine import Affine, Grid
+from ...ir.errors import UsageError
+from ...ir.match import attribute
+from ...ir.trace import Use
+from ...ir.weights import Weight
+from ..base import Array, Context, Effect, Pass, register
+from ..selection import NOTHING, Selection, left_out
+from .gram import Gram, GramStatistic, Window
+from .original import Layer, answers, original, quantized_layers
+
+_BLOCK = 128  # columns between which errors are carried at once
+_MEMORY = 256 << 20  # bytes of moments that are collected in one sweep over the data
+_DECIBELS = 200.0  # what an exact result counts as
+
+
+def gptq(weight: Array, gram: Array, affine: Affine, *, damping: float = 0.01, count: int = 0) -> Array:
+    """``weight`` [N, K] in the integers [N, K] of ``affine`` that nearly minimize tr(E G Eᵀ), E the weight's error.
+
+    ``gram`` [K, K] is the sum or mean of x xᵀ over the layer's inputs x; scale and zero point broadcast over [N, K].
+    Inputs are rounded in turn, those with the largest moments first, and each error is carried to those that are left
+    (GPTQ: Frantar et al. 2022, arXiv 2210.17323; written as Babai's nearest plane on a Cholesky factor, which is the
+    same without an inverse). ``damping``, a share of the mean moment, is added to the diagonal; of few inputs
+    (``count``, where known) as much more as the estimate of Chen et al. 2010 (arXiv 0907.4698, OAS) asks. An output
+    channel whose error would be larger keeps the nearest integers. Raises ``ValueError`` for a ``gram`` that is not
+    finite.
+    """
+    if not np.isfinite(gram).all():
+        raise ValueError("moments that are not finite say nothing about rounding")
+    nearest, width = affine.quantized(weight), len(gram)
+    moments = np.diagonal(gram).astype(np.float64)
+    if not (moments > 0).any():
+        return nearest
+    ridge = max(damping, _shrinkage(gram, count)) * moments.mean()
+    order = np.argsort(moments, kind="stable")
+    factor = np.linalg.cholesky(gram[np.ix_(order, order)] + ridge * np.eye(width))
+    scale, zero_point = (np.broadcast_to(part, weight.shape)[:, order] for part in (affine.scale, affine.zero_point))
+    target, rounded, error = weight[:, order].astype(np.float64), nearest[:, order], np.zeros(weight.shape)
+    for stop in range(width, 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        carried = error[:, stop:] @ factor[stop:, start:stop]
+        for place in range(stop - 1, start - 1, -1):
+            inner = error[:, place + 1 : stop] @ factor[place + 1 : stop, place]
+            wanted = target[:, place] + (carried[:, place - start] + inner) / factor[place, place]
+            column = Affine(scale[:, place], zero_point[:, place], affine.grid)
+            rounded[:, place] = column.quantized(wanted)
+            error[:, place] = target[:, place] - column.dequantized(rounded[:, place])
+    found = np.empty_like(nearest)
+    found[:, order] = rounded
+    worse = output_error(weight, found, gram, affine) >= output_error(weight, nearest, gram, affine)
+    found[worse] = nearest[worse]
+    return found
+
+
+def output_error(weight: Array, integers: Array, gram: Array, affine: Affine) -> Array:
+    """e G eᵀ for each output channel [N], float64: the energy of the error that ``integers`` make in its output."""
+    return energy(weight.astype(np.float64) - affine.dequantized(integers), gram)
+
+
+def energy(rows: Array, gram: Array) -> Array:
+    """r G rᵀ for each row r of [N, K], float64 [N]."""
+    return np.asarray(np.maximum(np.einsum("nk,nk->n", rows @ gram, rows), 0))
+
+
+def _shrinkage(gram: Array, count: int) -> float:
+    """How much of the mean moment belongs on the diagonal where ``gram`` was estimated from ``count`` vectors."""
+    if count <= 0:
+        return 0.0
+    width, trace = len(gram), float(np.trace(gram))
+    square = float(np.square(gram).sum())
+    spread = (count + 1 - 2 / width) * (square - trace**2 / width)
+    share = 1.0 if spread <= 0 else min(1.0, ((1 - 2 / width) * square + trace**2) / spread)
+    return share / max(1 - share, 1e-3)
+
+
+@register("round-adaptively")
+class RoundAdaptively(Pass):
+    """Round quantized weights so that the outputs of their layers, not the weights, are nearest to the float model's.
+
+    For Conv, Gemm and MatMul with integer weights, after a pass that quantized them (or with the float model given as
+    ``--with original=MODEL``). Scales and zero points stay; each integer may move by a step or more, within the range
+    that the weight's integers span, so that errors of inputs that occur together cancel (GPTQ, see ``gptq``). The fewer
+    the bits, the more it gains. The inputs of the float model on the sample data count: of each sample at most
+    ``positions`` places. Layers that contract more than ``limit`` inputs are left alone, for their moments take 8 bytes
+    times the square of that.
+    """
+
+    damping: float = 0.01
+    positions: int = 256
+    limit: int = 4608
+    only: Selection = NOTHING
+    keep: Selection = NOTHING
+
+    def validate(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise UsageError(
+                f"round-adaptively: damping={self.damping:g} is out of range; it is above 0 and at most 1."
+            )
+        if self.positions < 1 or self.limit < 1:
+            raise UsageError("round-adaptively: positions and limit are numbers of at least 1.")
+
+    def effect(self) -> Effect:
+        return Effect.LOSSY
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Raises ``NeedsData`` without sample data or the float model."""
+        float_model = original(model, ctx)
+        tasks = self._tasks(model, float_model, ctx)
+        for chunk in _chunks(tasks):
+            points = [point for task in chunk for point in task.points]
+            found, reasons = answers(float_model, points, ctx)
+            for task in chunk:
+                if reason := next((reasons[point] for point in task.points if point in reasons), None):
+                    ctx.skip(task.layer.weight, reason)
+                else:
+                    self._round(task, [found[point] for point in task.points], ctx)
+
+    def _tasks(self, model: ir.Model, float_model: ir.Model, ctx: Context) -> list[_Task]:
+        places, tasks = addresses(float_model), dict[Weight, _Task]()
+        for layer in quantized_layers(model, float_model):
+            if isinstance(layer, tuple):
+                ctx.skip(*layer)
+                continue
+            reason = left_out(layer.weight, self.only, self.keep) or _obstacle(layer, self.limit)
+            if reason is not None:
+                ctx.skip(layer.address, reason)
+                continue
+            data = layer.twin_use.node.inputs[layer.data]
+            assert data is not None
+            task = tasks.setdefault(layer.weight, _Task(layer))
+            task.points.append(_point(layer, places[data], self.positions))
+        return list(tasks.values())
+
+    def _round(self, task: _Task, statistics: Sequence[GramStatistic], ctx: Context) -> None:
+        weight = task.layer.weight
+        if any(found.total is None for found in statistics):
+            ctx.skip(weight, "no sample reaches its layer")
+            return
+        stored, floats = weight.array(), task.floats()
+        old = task.rows(stored)
+        if not _same(task, old, floats):
+            ctx.skip(weight, "it is not what the float model's weight was rounded to")
+            return
+        grams = np.sum([found.total for found in statistics if found.total is not None], axis=0)
+        count = sum(found.count for found in statistics)
+        new, signal, before, after = np.empty_like(old), 0.0, 0.0, 0.0
+        for group, gram in enumerate(grams):
+            affine = task.affine(group)
+            new[group] = gptq(floats[group], gram, affine, damping=self.damping, count=count)
+            errors = [output_error(floats[group], integers[group], gram, affine) for integers in (old, new)]
+            new[group] = np.where((errors[1] < errors[0])[:, None], new[group], old[group])
+            signal += float(energy(floats[group].astype(np.float64), gram).sum())
+            before, after = before + float(errors[0].sum()), after + float(np.minimum(*errors).sum())
+        moved = int(np.count_nonzero(new != old))
+        if not moved:
+            ctx.skip(weight, "the integers it has are the best found")
+            return
+        weight.replace(ir.Tensor(task.stored(new), dtype=weight.dtype, name=weight.tensor.name))
+        ctx.change(
+            weight,
+            "rounded for the inputs of its layer",
+            moved=moved / weight.size,
+            sqnr_before=_decibels(signal, before),
+            sqnr_after=_decibels(signal, after),
+        )
+
+
+@dataclass(eq=False)
+class _Task:
+    """A quantized weight, and the points that tell what its layers read."""
+
+    layer: Layer
+    points: list[Gram] = field(default_factory=list)
+
+    def rows(self, stored: Array) -> Array:
+        """A quantized weight's array, or one that broadcasts over it, as [groups, N / groups, K]."""
+        return self._rows(np.broadcast_to(stored, self.layer.weight.shape), self.layer.use.output_axis)
+
+    def floats(self) -> Array:
+        """The float weight as [groups, N / groups, K]."""
+        return self._rows(self.layer.twin.array(), self.layer.twin_use.output_axis).astype(np.float32)
+
+    def stored(self, rows: Array) -> Array:
+        """What ``rows`` made of the stored array, back in its shape."""
+        shape = self.layer.weight.shape
+        if self.layer.use.output_axis == 0:
+            return np.ascontiguousarray(rows.reshape(shape))
+        return np.ascontiguousarray(rows[0].T)
+
+    def affine(self, group: int) -> Affine:
+        """Scale and zero point [N / groups, K], with the integers that the weight spans now."""
+        quantization, weight = self.layer.use.quantization, self.layer.weight
+        assert quantization is not None
+        parts = []
+        for values in (quantization.scale, quantization.zero_point):
+            if quantization.block and quantization.axis is not None and values.shape[quantization.axis] > 1:
+                repeated = np.repeat(values, quantization.block, axis=quantization.axis)
+                values = repeated[tuple(slice(size) for size in weight.shape)]
+            parts.append(self.rows(values)[group])
+        integers = weight.array()
+        grid = Grid(weight.dtype, int(integers.min()), int(integers.max()))
+        return Affine(parts[0].astype(np.float32), parts[1], grid)
+
+    def _rows(self, array: Array, output_axis: int | None) -> Array:
+        if output_axis == 0:
+            return array.reshape(self.groups, array.shape[0] // self.groups, -1)
+        return array.T[None]
+
+    @property
+    def groups(self) -> int:
+        node = self.layer.use.node
+        return node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+
+
+def _obstacle(layer: Layer, limit: int) -> str | None:
+    """Why the weight of ``layer`` cannot be rounded here, in words that follow its name."""
+    node, weight, twin = layer.use.node, layer.weight, layer.twin
+    if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return f"{node.op_type} is not rounded here; Conv, Gemm and MatMul are"
+    if weight.overridable or weight.output or weight.quantization is None:
+        return "its integers have other uses, or other scales elsewhere"
+    axes, twins = _axes(layer.use), _axes(layer.twin_use)
+    if axes is None or twins is None or weight.axes() != axes:
+        return "its channel axes are not known, or its uses disagree on them"
+    if node.op_type == "Conv":
+        if axes != (0, 1) or twins != (0, 1) or weight.shape != twin.shape:
+            return "its weight is stored in another layout than Conv's"
+    elif len(weight.shape) != 2 or len(twin.shape) != 2:
+        return "its weight is not one matrix"
+    elif [weight.shape[axis] for axis in axes] != [twin.shape[axis] for axis in twins]:
+        return "its weight has another shape in the float model"
+    width = weight.size // weight.shape[axes[0]]
+    return f"it contracts {width} inputs, above limit={limit}" if width > limit else None
+
+
+def _axes(use: Use) -> tuple[int, int] | None:
+    """Output-channel and input-channel axis in the storage."""
+    return None if use.output_axis is None or use.input_axis is None else (use.output_axis, use.input_axis)
+
+
+def _point(layer: Layer, place: str, positions: int) -> Gram:
+    node = layer.use.node
+    if node.op_type == "Conv":
+        return Gram(place, window=Window.of(node, layer.weight.shape[2:]), positions=positions)
+    axis = -1 if layer.data == 0 else -2
+    turned = node.op_type == "Gemm" and attribute(node, "transA" if axis == -1 else "transB", 0)
+    return Gram(place, axis=-3 - axis if turned else axis, positions=positions)
+
+
+def _chunks(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
+    """The tasks in order, as many at a time as ``_MEMORY`` bytes of moments allow, at least one."""
+    chunk: list[_Task] = []
+    total = 0
+    for task in tasks:
+        weight, groups = task.layer.weight, task.groups
+        channels = weight.shape[task.layer.use.output_axis or 0]
+        need = 8 * groups * (weight.size // max(1, channels)) ** 2 * len(task.points)
+        if chunk and total + need > _MEMORY:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(task)
+        total += need
+    if chunk:
+        yield chunk
+
+
+def _same(task: _Task, integers: Array, floats: Array) -> bool:
+    """Whether most of ``integers`` are within two steps of ``floats``."""
+    close = 0
+    for group, rows in enumerate(integers):
+        affine = task.affine(group)
+        close += int(np.count_nonzero(np.abs(affine.dequantized(rows) - floats[group]) <= 2 * affine.scale))
+    return close * 2 >= integers.size
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not noise:
+        return _DECIBELS
+    return 10 * math.log10(signal / noise) if signal else -_DECIBELS

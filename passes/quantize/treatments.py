@@ -1,0 +1,130 @@
+"""What can be done with each layer, and a model in which that is done."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from ...ir.affine import S8, S8_7BIT, U8, Grid
+from ...ir.edit import Names
+from ...ir.scopes import Scope, scopes
+from ..base import Context
+from ..selection import Selection
+from .calibrators import Method
+from .costs import dynamic_cost, float_cost
+from .dynamic import QuantizeDynamic
+from .float16 import ToFloat16
+from .insertion import Grids, Inserter
+from .observe import Observed
+from .placement import Sizes, unit_costs
+from .plan import Plan, scales, sizes_of
+from .units import Role, Unit, is_layer
+from .weights import QuantizeWeights
+
+GRIDS: dict[Grid, Literal["s8", "s8-7bit", "u8"]] = {S8: "s8", S8_7BIT: "s8-7bit", U8: "u8"}
+_GAIN = 0.9  # of the time in float, under which a dynamic product is worth its rounding
+
+
+class Treatment(enum.StrEnum):
+    """How the weights of a layer are kept and how it computes, from fastest to most exact."""
+
+    FAST = "fast"  # on integers where the cost table says so: static, or dynamic
+    DYNAMIC = "dynamic"  # on integers, its input quantized in each run
+    STORED = "stored"  # in float, weights stored in 8 bits
+    HALF = "half"  # in float, weights stored in float16
+    FLOAT = "float"  # as it was
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A treatment for each layer, by address, and what goes for all of them."""
+
+    treatments: Mapping[str, Treatment] = field(default_factory=dict)
+    default: Treatment = Treatment.FAST
+    calibrator: Method = "minmax"
+
+    def of(self, address: str) -> Treatment:
+        return self.treatments.get(address, self.default)
+
+    def lifted(self, addresses: Iterable[str], treatment: Treatment) -> Choice:
+        return replace(self, treatments={**self.treatments, **dict.fromkeys(addresses, treatment)})
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A model with the layers on integers, by address: those with ranges from data, and those that take them anew."""
+
+    model: ir.Model
+    static: list[str]
+    dynamic: list[str]
+
+
+def layers(model: ir.Model) -> dict[str, ir.Node]:
+    """Every layer by its address, in order."""
+    return {scope.address(node): node for scope in scopes(model) for node in scope.graph if is_layer(node)}
+
+
+def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx: Context) -> Treated:
+    """A copy of the prepared ``model`` in which each layer is treated as ``choice`` says; ``ctx`` takes the ledger."""
+    work = model.clone()
+    plan, nodes = Plan.of(work), layers(work)
+    sizes = sizes_of({value: size for value in plan.values if (size := observed.size(plan, value)) is not None})
+    chosen = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
+    static = [unit.address for _, units in chosen for unit in units if unit.role is Role.LAYER]
+    dynamic = [
+        address for address, node in nodes.items() if address not in static and _gains(choice.of(address), node, sizes)
+    ]
+    write(work, plan, chosen, observed, grids, choice.calibrator)
+    weights = GRIDS[grids.weights]
+    if dynamic:
+        QuantizeDynamic(weights=weights, only=_named(nodes[address] for address in dynamic)).run(work, ctx)
+    by = {kind: [node for address, node in nodes.items() if choice.of(address) is kind] for kind in Treatment}
+    if by[Treatment.HALF]:
+        ToFloat16(only=_named(by[Treatment.HALF])).run(work, ctx)
+    QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
+    return Treated(work, static, dynamic)
+
+
+def costs(unit: Unit, choice: Choice, plan: Plan, observed: Observed, sizes: Sizes) -> tuple[float, float]:
+    """Nanoseconds of a unit off and on integers, infinite where it must not be so treated."""
+    in_float, on_integers = unit_costs(unit, sizes)
+    known = all(plan.addresses[value] in observed.distributions for value in (*unit.sources, *unit.outputs))
+    if unit.role is Role.LAYER:
+        treatment = choice.of(unit.address)
+        if treatment is Treatment.FAST:
+            in_float = min(in_float, dynamic_cost(unit.node, sizes))
+        known &= treatment is Treatment.FAST
+    return in_float, on_integers if known else math.inf
+
+
+def write(
+    model: ir.Model,
+    plan: Plan,
+    chosen: Sequence[tuple[Scope, Sequence[Unit]]],
+    observed: Observed,
+    grids: Grids,
+    calibrator: Method,
+) -> None:
+    """Put the units ``chosen`` on integers."""
+    units = [unit for _, members in chosen for unit in members]
+    found = scales(units, observed.ranges(plan, units, calibrator, grids.activations), grids)
+    inserter = Inserter(model, grids, found, Names(model))
+    for scope, members in chosen:
+        inserter.write(scope, members)
+    inserter.finish()
+
+
+def _gains(treatment: Treatment, node: ir.Node, sizes: Sizes) -> bool:
+    """Whether a layer that is not static is to be dynamic."""
+    if treatment not in (Treatment.FAST, Treatment.DYNAMIC) or node.op_type not in ("MatMul", "Gemm", "LSTM"):
+        return False
+    return dynamic_cost(node, sizes) < _GAIN * float_cost(node, sizes)
+
+
+def _named(nodes: Iterable[ir.Node]) -> Selection:
+    return Selection(tuple(f"node:{node.name}" for node in nodes))

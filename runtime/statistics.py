@@ -1,0 +1,346 @@
+"""The calibration engine: one sweep over sample inputs answers all that any pass asks about values of a model.
+
+What is asked is reduced run by run and merged, so memory does not grow with the number of samples. Where the model
+leaves the batch open and treats each sample by itself - which is tried - samples of equal shape run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..ir.address import printable
+from ..ir.errors import BadFeeds
+from ..passes.base import Feeds
+from ..passes.points import NotFinite, Point, Unanswered, Unfit, extremes, require_finite
+from .inputs import Input
+from .session import DoesNotRun, open_session, run_feed
+from .watch import Dims, Extremes, Watched, Whole
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+    from .progress import Progress
+
+BATCH = 8  # samples that run together, at most
+FETCHED = 2**28  # bytes of values that one run hands out, at most, where fewer samples together can do that
+_EQUAL = 1e-3  # difference between a sample in a batch and alone, of the largest element, that is rounding
+
+Feed = Mapping[str, Any]
+View = Whole | Extremes | Dims
+
+
+def collect(
+    model: ir.Model, points: Iterable[Point], feeds: Feeds, *, threads: int = 1, progress: Progress | None = None
+) -> dict[Point, Any]:
+    """The statistic of each point over all ``feeds``, in one sweep; ``model`` stays as it is.
+
+    Samples run in batches of up to ``BATCH`` where all inputs share an open first dimension, neighbours have equal
+    shapes, and a sample gives the same outputs in the first batch as alone. Else each feed runs as it is. Statistics
+    of values with equal elements are equal for every order and grouping of the samples; ONNX Runtime's own kernels may
+    move the last bits of an element with the size of a batch.
+
+    Raises ``Unanswered``, which holds the answers to all other points, where a value holds NaN or infinity, is not of
+    floats where the point needs that, is inside a function, in a body that gives nothing out, or asked for as a whole
+    in a Loop in which its shape changes. Raises ``UsageError`` for a value that there is not, ``BadFeeds`` for no
+    feeds, ``DoesNotRun``.
+    """
+    wanted = list(dict.fromkeys(points))
+    if not wanted:
+        return {}
+    if progress is not None:
+        feeds = progress.watched(feeds, "calibrating")
+    sweep = _Sweep(model, wanted, threads)
+    try:
+        sweep.run(feeds)
+    except DoesNotRun as error:
+        looped = sweep.whole_in_loops()
+        if not looped:
+            raise
+        why = "is in a Loop whose iterations cannot be put together, for its shape may change"
+        refused = {point: _sentence(point.value, why) for point in looped}
+        sweep = _Sweep(model, [point for point in wanted if point not in refused], threads)
+        try:
+            sweep.run(feeds)
+        except DoesNotRun:
+            raise error from None
+        sweep.reasons |= refused
+    return sweep.answers(wanted)
+
+
+@dataclass
+class _Root:
+    """A point that the sweep looks at: how its value comes out, and what was found."""
+
+    point: Point
+    view: View
+    statistic: Any
+
+
+@dataclass
+class _Run:
+    """Some samples that run together: the number of the first, and of how many; ``split`` where each is one row."""
+
+    feed: Feed
+    first: int
+    samples: int
+    split: bool
+
+    def rows(self) -> Iterator[_Run]:
+        if not self.split or self.samples == 1:
+            yield self
+            return
+        for row in range(self.samples):
+            feed = {name: array[row : row + 1] for name, array in self.feed.items()}
+            yield _Run(feed, self.first + row, 1, True)
+
+
+class _Mixes(Exception):
+    """A sample in a batch does not come out as it does alone."""
+
+
+class _Sweep:
+    """One walk over the feeds with one session."""
+
+    def __init__(self, model: ir.Model, points: list[Point], threads: int) -> None:
+        self.outputs = [output.name or "" for output in model.graph.outputs]
+        self.inputs = {value.name for value in model.graph.inputs}
+        self.batched = _batched_inputs(model)
+        self.reasons: dict[Point, str] = {}
+        self.derived: dict[Point, tuple[Point, float, float]] = {}
+        self.watched = Watched(model)
+        self.watched.know_types([point.value for point in points])
+        self.roots = self._roots(points)
+        self.threads = threads
+        self.batch = BATCH
+        self.batch_axes: dict[Point, set[int]] = {}
+
+    def _roots(self, points: list[Point]) -> dict[Point, _Root]:
+        """The points to look at; others follow from these."""
+        asked = set(points)
+        views: dict[tuple[str, str], View] = {}
+        found = {}
+        for point in points:
+            try:
+                if point.elementwise:
+                    alike = _Alike(point, asked)
+                    address, low, high = self.watched.root(point.value, alike)
+                    if address != point.value:
+                        self.derived[point] = (replace(point, value=address), low, high)
+                        continue
+                key = point.value, point.asks
+                if key not in views:
+                    views[key] = self._view(point)
+                found[point] = _Root(point, views[key], point.start())
+            except Unfit as reason:
+                self.reasons[point] = _sentence(point.value, str(reason))
+        return found
+
+    def _view(self, point: Point) -> View:
+        if point.asks == "extremes":
+            return self.watched.extremes(point.value)
+        return self.watched.dims(point.value) if point.asks == "dims" else self.watched.whole(point.value)
+
+    def whole_in_loops(self) -> list[Point]:
+        """The points that want arrays out of the body of a Loop."""
+        return [
+            root.point
+            for root in self.roots.values()
+            if isinstance(root.view, Whole) and self.watched.in_loop(root.point.value)
+        ]
+
+    def run(self, feeds: Feeds) -> None:
+        session = open_session(self.watched.model, threads=self.threads)
+        try:
+            self._walk(session, feeds, self.batched is not None)
+        except _Mixes:
+            for root in self.roots.values():
+                root.statistic = root.point.start()
+            self._walk(session, feeds, False)
+
+    def _walk(self, session: InferenceSession, feeds: Feeds, joined: bool) -> None:
+        runs, tried = 0, False
+        for run in self._runs(feeds, joined):
+            trial = run.samples > 1 and not tried
+            found = self._fetch(session, run, self.outputs if trial else [])
+            if trial:
+                self._try_batch(session, run, found)
+                tried = True
+            if joined:
+                size = sum(array.nbytes for array in found.values() if isinstance(array, np.ndarray)) // run.samples
+                self.batch = min(BATCH, max(1, FETCHED // max(size, 1)))
+            self._take(session, run, found)
+            runs += 1
+        if not runs:
+            raise BadFeeds("The data hold no samples; at least one is needed to see what values a model computes.")
+
+    def _runs(self, feeds: Feeds, joined: bool) -> Iterator[_Run]:
+        """Feeds as they are, or samples of equal shape together; the first by itself, to see how large its values are.
+
+        The batch may shrink on the way.
+        """
+        if not joined:
+            yield from (_Run(feed, number, 1, False) for number, feed in enumerate(feeds))
+            return
+        pending: list[Feed] = []
+        first = 0
+        for row in self._rows(feeds):
+            if pending and (not first or len(pending) >= self.batch or _shapes(row) != _shapes(pending[0])):
+                yield _joined(pending, first)
+                first += len(pending)
+                pending = []
+            pending.append(row)
+        if pending:
+            yield _joined(pending, first)
+
+    def _rows(self, feeds: Feeds) -> Iterator[Feed]:
+        for feed in feeds:
+            sizes = {array.shape[0] if isinstance(array, np.ndarray) and array.ndim else -1 for array in feed.values()}
+            if len(sizes) != 1 or -1 in sizes or set(feed) != self.batched:
+                raise _Mixes
+            for row in range(sizes.pop()):
+                yield {name: array[row : row + 1] for name, array in feed.items()}
+
+    def _try_batch(self, session: InferenceSession, run: _Run, together: Mapping[str, Any]) -> None:
+        """Raise ``_Mixes`` unless the sample in the middle, which any way of mixing would reach, is as it is alone.
+
+        From its shapes and those of the batch it follows which axes count samples.
+        """
+        middle = run.samples // 2
+        alone = list(run.rows())[middle]
+        dims = [(root.point, root.view) for root in self.roots.values() if isinstance(root.view, Dims)]
+        names = [*self.outputs, *(view.names[0] for _, view in dims)]
+        single = run_feed(session, alone.feed, names, place=_place(alone))
+        for name in self.outputs:
+            if not _is_row(together[name], single[name], middle, run.samples):
+                raise _Mixes
+        for point, view in dims:
+            pairs = zip(view.read(together) or (), view.read(single) or (), strict=False)
+            self.batch_axes[point] = {
+                axis for axis, (many, one) in enumerate(pairs) if many == run.samples * one != one
+            }
+
+    def _fetch(self, session: InferenceSession, run: _Run, more: Iterable[str] = ()) -> dict[str, Any]:
+        """What the points still want of one run, and ``more``."""
+        wanted = (name for root in self.roots.values() for name in root.view.names)
+        return self._values(session, run, dict.fromkeys((*wanted, *more)))
+
+    def _values(self, session: InferenceSession, run: _Run, names: Iterable[str]) -> dict[str, Any]:
+        fetched = [name for name in names if name not in self.inputs]
+        found = run_feed(session, run.feed, fetched, place=_place(run)) if fetched else {}
+        return found | {name: np.asarray(run.feed[name]) for name in names if name in run.feed}
+
+    def _take(self, session: InferenceSession, run: _Run, found: Mapping[str, Any]) -> None:
+        for root in list(self.roots.values()):
+            try:
+                self._update(root, run, found, root.statistic)
+            except Unfit as reason:
+                del self.roots[root.point]
+                where, remedy = "", ""
+                if isinstance(reason, NotFinite):
+                    where = f" in {self._culprit(session, run, root)}"
+                    remedy = "; leave such samples out, or keep what computes it in float"
+                self.reasons[root.point] = _sentence(root.point.value, f"{reason}{where}{remedy}")
+
+    def _update(self, root: _Root, run: _Run, found: Mapping[str, Any], statistic: Any) -> None:
+        view = root.view
+        if isinstance(view, Extremes):
+            low, high, elements = view.read(found)
+            if elements:
+                require_finite(low, high)
+                statistic.update_extremes(low, high, elements)
+        elif isinstance(view, Dims):
+            if (dims := view.read(found)) is not None:
+                axes = self.batch_axes.get(root.point, ()) if run.samples > 1 else ()
+                one = tuple(size // run.samples if axis in axes else size for axis, size in enumerate(dims))
+                statistic.update_dims(one, run.samples)
+        else:
+            for array in view.read(found):
+                if not root.point.checks and array.dtype.kind in "fV":
+                    extremes(array)
+                statistic.update(array)
+
+    def _culprit(self, session: InferenceSession, run: _Run, root: _Root) -> str:
+        """The sample that holds what is not finite, by itself."""
+        for one in run.rows():
+            try:
+                self._update(root, one, self._values(session, one, root.view.names), root.point.start())
+            except Unfit:
+                return _place(one)
+        return _place(run)
+
+    def answers(self, points: list[Point]) -> dict[Point, Any]:
+        """In the order of ``points``. Raises ``Unanswered``."""
+        found = {}
+        reasons = {}
+        for point in points:
+            root, low, high = self.derived.get(point, (point, -np.inf, np.inf))
+            if root in self.reasons:
+                reasons[point] = self.reasons[root]
+            else:
+                statistic = self.roots[root].statistic
+                found[point] = statistic if root is point else statistic.clipped(low, high)
+        if reasons:
+            raise Unanswered(reasons, found)
+        return found
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Whether the same is asked of another value."""
+
+    point: Point
+    asked: set[Point] = field(repr=False)
+
+    def __call__(self, address: str) -> bool:
+        return replace(self.point, value=address) in self.asked
+
+
+def _batched_inputs(model: ir.Model) -> set[str] | None:
+    """The inputs, where all of them begin with one and the same open dimension; else None."""
+    inputs = [one for one in map(Input.of, model.graph.inputs) if one.required]
+    first = [one.dims[0] if one.dims else 1 for one in inputs]
+    shared = len(inputs) == 1 or (len(set(first)) == 1 and first[0] is not None)
+    if not inputs or not shared or isinstance(first[0], int):
+        return None
+    return {one.name for one in inputs}
+
+
+def _joined(rows: list[Feed], first: int) -> _Run:
+    feed = rows[0] if len(rows) == 1 else {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return _Run(feed, first, len(rows), True)
+
+
+def _shapes(feed: Feed) -> list[tuple[int, ...]]:
+    return [array.shape for array in feed.values()]
+
+
+def _is_row(together: Any, single: Any, row: int, samples: int) -> bool:
+    """Whether an output of one sample is what stands at its place in that of a batch."""
+    if not (isinstance(together, np.ndarray) and isinstance(single, np.ndarray)) or single.ndim == 0:
+        return False
+    size = single.shape[0]
+    if together.shape != (samples * size, *single.shape[1:]):
+        return False
+    part = together[row * size : (row + 1) * size]
+    if single.dtype.kind != "f":
+        return bool((part == single).all())
+    if not single.size:
+        return True
+    with np.errstate(all="ignore"):
+        near = np.abs(part - single) <= _EQUAL * np.abs(single[np.isfinite(single)]).max(initial=0)
+    return bool((near | (part == single) | (np.isnan(part) & np.isnan(single))).all())
+
+
+def _sentence(address: str, clause: str) -> str:
+    return f"The value '{printable(address)}' {clause}."
+
+
+def _place(run: _Run) -> str:
+    if not run.split:
+        return f"run {run.first} of the data"
+    return f"sample {run.first}" if run.samples == 1 else f"samples {run.first} to {run.first + run.samples - 1}"

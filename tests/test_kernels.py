@@ -1,0 +1,726 @@
+"""What the table says of integer kernels, asked of the installed ONNX Runtime: for each row a tiny model, optimized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx.shape_inference
+import onnx_ir as ir
+import pytest
+
+from penjing.ir import kernels as table
+from penjing.ir.affine import S8, U8, Affine
+from penjing.ir.ops import OPERATORS
+from penjing.runtime.kernels import Kernels, kernels
+from penjing.runtime.session import DoesNotRun, open_session, run_feed
+
+SCALE, ZERO = 0.05, 100
+IMAGE = (1, 8, 6, 6)
+
+
+class Graph:
+    """A model under construction, in which everything floats but what goes through ``quantized``."""
+
+    def __init__(self, opset: int = 17) -> None:
+        self.tape, self.opset = ir.tape.Tape(), opset
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.random = np.random.default_rng(0)
+        self.count = 0
+
+    def constant(self, array: Any) -> ir.Value:
+        self.count += 1
+        return self.tape.initializer(ir.tensor(np.asarray(array), name=f"constant{self.count}"))
+
+    def input(self, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        self.inputs.append(ir.val(f"x{len(self.inputs)}", dtype=dtype, shape=ir.Shape(shape)))
+        return self.inputs[-1]
+
+    def node(self, operator: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> ir.Value:
+        """``inputs``: values, arrays and None."""
+        given = [x if x is None or isinstance(x, ir.Value) else self.constant(x) for x in inputs]
+        made = self.tape.op_multi_out(operator, given, attributes, num_outputs=outputs, domain=domain)
+        for value in made:
+            self.count += 1
+            value.name = f"{operator}{self.count}"
+        return made[0]
+
+    def quantize(self, value: ir.Value, scale: float = SCALE, zero: int = ZERO, dtype: Any = np.uint8) -> ir.Value:
+        return self.node("QuantizeLinear", value, np.float32(scale), np.asarray(zero, dtype))
+
+    def quantized(self, value: ir.Value, scale: float = SCALE, zero: int = ZERO, dtype: Any = np.uint8) -> ir.Value:
+        stored = self.quantize(value, scale, zero, dtype)
+        return self.node("DequantizeLinear", stored, np.float32(scale), np.asarray(zero, dtype))
+
+    def activation(self, shape: Sequence[int | str] = IMAGE, **parameters: Any) -> ir.Value:
+        return self.quantized(self.input(shape), **parameters)
+
+    def weight(self, shape: Sequence[int], axis: int | None = 0) -> ir.Value:
+        """int8, with a scale for each channel of ``axis``."""
+        stored = self.random.integers(-127, 128, shape).astype(np.int8)
+        sizes = () if axis is None else (shape[axis],)
+        scale = self.random.uniform(0.002, 0.004, sizes).astype(np.float32)
+        attributes = {} if axis is None else {"axis": axis}
+        return self.node("DequantizeLinear", stored, scale, np.zeros(sizes, np.int8), **attributes)
+
+    def model(self, *outputs: ir.Value) -> ir.Model:
+        for value in outputs:
+            if value.dtype is None:
+                value.dtype = ir.DataType.FLOAT
+        opsets = {"": self.opset, "com.microsoft": 1}
+        initializers = self.tape.initializers
+        graph = ir.Graph(self.inputs, outputs, nodes=self.tape.nodes, initializers=initializers, opset_imports=opsets)
+        proto = ir.to_proto(ir.Model(graph, ir_version=8 if self.opset < 21 else 10))
+        return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def built(make: Callable[[Graph], Any], opset: int = 17) -> ir.Model:
+    """The model that ``make`` gives the outputs of."""
+    graph = Graph(opset)
+    found = make(graph)
+    return graph.model(*(found if isinstance(found, tuple) else (found,)))
+
+
+def only(model: ir.Model, operator: str) -> ir.Node:
+    """Its one node of an operator."""
+    (found,) = (node for node in model.graph if node.op_type == operator)
+    return found
+
+
+def steps_apart(model: ir.Model) -> float:
+    """How far the integer kernels are from the simulation in float, in quantization steps."""
+    random = np.random.default_rng(1)
+    feed: dict[str, Any] = {}
+    for value in model.graph.inputs:
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape or ()]
+        feed[value.name or ""] = random.normal(size=sizes).astype(np.float32) * 2
+        if value.dtype is ir.DataType.BOOL:
+            feed[value.name or ""] = random.random(sizes) > 0.5
+    off, on = (run_feed(open_session(model, level=level), feed) for level in ("off", "all"))
+    return max(float(np.abs(off[name] - on[name]).max()) / SCALE for name in off)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """An operator with attributes, on activations of these shapes and constants after them."""
+
+    operator: str
+    shapes: Sequence[Sequence[int]] = (IMAGE,)
+    constants: Sequence[Any] = ()
+    attributes: dict[str, Any] = field(default_factory=dict)
+    opset: int = 17
+    outputs: int = 1
+    weight: Sequence[int] | None = None  # the shape of a second input that is an int8 constant
+    axis: int | None = 0
+
+    @property
+    def name(self) -> str:
+        words = [f"{key}={value}" for key, value in self.attributes.items()]
+        return " ".join([self.operator, "x".join(map(str, self.shapes[0])), *words, f"opset{self.opset}"])
+
+    def model(self, *, scale: float = SCALE, output: bool = True) -> ir.Model:
+        """The operator between DequantizeLinear and, with ``output``, QuantizeLinear of that scale."""
+        graph = Graph(self.opset)
+        inputs = [graph.activation(shape) for shape in self.shapes]
+        if self.operator == "Where":
+            inputs.insert(0, graph.input(self.shapes[0], ir.DataType.BOOL))
+        if self.weight is not None:
+            inputs.append(graph.weight(self.weight, self.axis))
+        graph.node(self.operator, *inputs, *self.constants, outputs=self.outputs, **self.attributes)
+        made = list(graph.tape.nodes)[-1].outputs
+        return graph.model(*(graph.quantized(value, scale) if output else value for value in made))
+
+
+def ints(*numbers: int) -> Any:
+    return np.array(numbers, np.int64)
+
+
+TWICE = np.array([1, 1, 2, 2], np.float32)
+BIAS = np.linspace(-1, 1, 8, dtype=np.float32)
+SAME = {"pads": [1, 1, 1, 1]}
+PAIR = (IMAGE, IMAGE)
+
+INTEGER = [
+    *(Row("Conv", weight=(8, 8, 3, 3), constants=[BIAS], attributes=SAME, opset=opset) for opset in (13, 17, 21, 23)),
+    Row("Conv", weight=(8, 8, 1, 1)),
+    Row("Conv", weight=(8, 8, 3, 3), axis=None),
+    Row("Conv", weight=(8, 1, 3, 3), constants=[BIAS], attributes={"group": 8}),
+    Row("Conv", weight=(16, 1, 3, 3), attributes={"group": 8}),
+    Row("Conv", weight=(8, 2, 3, 3), attributes={"group": 4, "strides": [2, 2]}),
+    Row("Conv", weight=(8, 8, 3, 3), attributes={"dilations": [2, 2]}),
+    Row("Conv", weight=(8, 8, 3, 3), attributes={"auto_pad": "SAME_UPPER"}),
+    Row("Conv", [(1, 3, 6, 6)], weight=(8, 3, 3, 3)),
+    Row("Conv", [(1, 8, 12)], weight=(8, 8, 3)),
+    Row("Conv", [(1, 8, 12)], weight=(8, 1, 3), attributes={"group": 8}),
+    Row("Conv", [(1, 8, 4, 4, 4)], weight=(8, 8, 3, 3, 3)),
+    Row("Conv", [IMAGE, (8, 8, 1, 1)]),
+    *(Row("MatMul", [(4, 16)], weight=(16, 8), axis=1, opset=opset) for opset in (13, 17, 21)),
+    Row("MatMul", [(2, 4, 16)], weight=(16, 8), axis=1),
+    Row("MatMul", [(2, 4, 16)], weight=(2, 16, 8), axis=None),
+    Row("MatMul", [(2, 4, 16), (2, 16, 8)]),
+    Row("MatMul", [(16,)], weight=(16, 8), axis=1),
+    *(Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, constants=[BIAS], opset=opset) for opset in (13, 17, 21)),
+    Row("Gemm", [(4, 16)], weight=(8, 16), axis=0, constants=[BIAS], attributes={"transB": 1}),
+    Row("Gemm", [(16, 4)], weight=(16, 8), axis=1, constants=[BIAS], attributes={"transA": 1}),
+    Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, attributes={"alpha": 0.5}),
+    Row("Gemm", [(4, 16), (16, 8)]),
+    *(Row("Add", PAIR, opset=opset) for opset in (13, 17, 21)),
+    Row("Add", [IMAGE, (6,)]),
+    Row("Add", [(8, 1), (1, 6)]),
+    Row("Mul", PAIR),
+    Row("Mul", [IMAGE, (1, 8, 1, 1)]),
+    Row("Concat", PAIR, attributes={"axis": 1}),
+    Row("Concat", [IMAGE, IMAGE, IMAGE], attributes={"axis": -1}),
+    Row("Where", PAIR),
+    Row("Sigmoid"),
+    Row("LeakyRelu", attributes={"alpha": 0.2}),
+    Row("Softmax"),
+    Row("Softmax", attributes={"axis": 1}),
+    Row("AveragePool", attributes={"kernel_shape": [2, 2], "strides": [2, 2]}),
+    Row("AveragePool", attributes={"kernel_shape": [3, 3], "ceil_mode": 1, "strides": [2, 2]}),
+    Row("AveragePool", attributes={"kernel_shape": [3, 3], "count_include_pad": 1, **SAME}),
+    Row("AveragePool", [(1, 8, 12)], attributes={"kernel_shape": [2]}),
+    Row("AveragePool", [(1, 8, 4, 4, 4)], attributes={"kernel_shape": [2, 2, 2]}),
+    Row("GlobalAveragePool"),
+    Row("GlobalAveragePool", [(1, 8, 12)]),
+    *(Row("MaxPool", attributes={"kernel_shape": [2, 2]}, opset=opset) for opset in (13, 17, 21)),
+    Row("MaxPool", attributes={"kernel_shape": [2, 2], "dilations": [2, 2]}),
+    Row("MaxPool", [(1, 8, 12)], attributes={"kernel_shape": [2]}),
+    Row("Reshape", constants=[ints(1, -1)]),
+    Row("Transpose", attributes={"perm": [0, 2, 3, 1]}),
+    Row("Flatten"),
+    Row("Identity"),
+    Row("Squeeze", constants=[ints(0)]),
+    Row("Unsqueeze", constants=[ints(0)]),
+    Row("Slice", constants=[ints(0), ints(4), ints(1)]),
+    Row("Slice", constants=[ints(-1), ints(-9), ints(2), ints(-1)]),
+    Row("Split", attributes={"axis": 1}, outputs=2),
+    Row("Split", constants=[ints(3, 3, 2)], attributes={"axis": 1}, outputs=3),
+    Row("Gather", constants=[ints(0, 2)], attributes={"axis": 1}),
+    Row("Gather", constants=[np.array(1)], attributes={"axis": 2}),
+    Row("GatherElements", [(4, 4)], [np.zeros((2, 4), np.int64)]),
+    Row("Expand", [(1, 8, 1)], [ints(2, 8, 4)]),
+    Row("Tile", constants=[ints(1, 1, 2, 1)]),
+    Row("DepthToSpace", attributes={"blocksize": 2}),
+    Row("DepthToSpace", attributes={"blocksize": 2, "mode": "CRD"}),
+    Row("ReduceMax", attributes={"axes": [2, 3]}),
+    Row("ReduceMax", constants=[ints(1)], opset=18, attributes={"keepdims": 0}),
+    Row("ReduceMin", attributes={"axes": [1]}),
+    Row("Resize", constants=[None, TWICE], attributes={"mode": "nearest"}),
+    Row("Resize", [(1, 8, 6)], [None, TWICE[1:]], {"mode": "nearest"}),
+    *(
+        Row(
+            "Resize", constants=[None, TWICE], attributes={"coordinate_transformation_mode": mode, "nearest_mode": near}
+        )
+        for mode, near in (("asymmetric", "floor"), ("align_corners", "ceil"), ("half_pixel", "round_prefer_ceil"))
+    ),
+    Row("Resize", constants=[None, None, ints(1, 8, 9, 9)], attributes={"mode": "nearest"}),
+]
+
+ONES = np.ones(8, np.float32)
+FLOATING = [
+    Row("ConvTranspose", weight=(8, 4, 2, 2), axis=1),
+    Row(
+        "AveragePool",
+        attributes={"kernel_shape": [3, 3], "ceil_mode": 1, "count_include_pad": 1, "strides": [2, 2], **SAME},
+        opset=19,
+    ),
+    Row("Resize", constants=[None, TWICE], attributes={"mode": "linear"}),
+    Row("Resize", constants=[None, TWICE], attributes={"mode": "cubic"}),
+    Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, constants=[BIAS], attributes={"alpha": 0.5}),
+    Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, constants=[BIAS], attributes={"beta": 0.5}),
+    Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, constants=[BIAS[None]]),
+    Row("Gemm", [(4, 16)], weight=(16, 8), axis=1, constants=[BIAS[:1]]),
+    *(Row(name, PAIR) for name in ("Sub", "Div", "Max", "Min", "Sum", "PRelu")),
+    *(
+        Row(name)
+        for name in (
+            *(
+                "Relu",
+                "HardSwish",
+                "HardSigmoid",
+                "Tanh",
+                "Exp",
+                "Sqrt",
+                "Neg",
+                "Erf",
+                "Abs",
+                "Elu",
+                "Softplus",
+                "Selu",
+            ),
+            *("Celu", "Log", "Reciprocal", "Sin", "GlobalMaxPool", "LogSoftmax"),
+        )
+    ),
+    Row("Gelu", opset=20),
+    Row("Mish", opset=18),
+    Row("Clip", constants=[np.float32(-1), np.float32(1)]),
+    Row("Pow", constants=[np.float32(2)]),
+    Row("ReduceMean", attributes={"axes": [2, 3]}),
+    Row("ReduceSum", constants=[ints(2)]),
+    Row("Pad", constants=[ints(0, 0, 1, 1, 0, 0, 1, 1)]),
+    Row("SpaceToDepth", attributes={"blocksize": 2}),
+    Row("GatherND", [(4, 4)], [np.zeros((4, 1), np.int64)]),
+    Row("CumSum", [(4, 4)], [np.array(1)]),
+    Row("Trilu", [(4, 4)]),
+    Row("LayerNormalization", [(1, 4, 8)], [ONES, ONES], {"axis": -1}),
+    Row("InstanceNormalization", constants=[ONES, ONES]),
+    Row("BatchNormalization", constants=[ONES, ONES, ONES, ONES]),
+    Row("Einsum", [(4, 4), (4, 4)], attributes={"equation": "ij,jk->ik"}),
+    Row("GridSample", [IMAGE, (1, 6, 6, 2)]),
+]
+
+integer_rows = pytest.mark.parametrize("row", INTEGER, ids=lambda row: row.name)
+
+
+def names(found: Kernels) -> set[str]:
+    return set(found.integer) - {"Transpose"}
+
+
+@integer_rows
+def test_row_runs_on_integers(row: Row) -> None:
+    model = row.model()
+    entry = table.integer(only(model, row.operator))
+    assert entry is not None
+    found = kernels(model)
+    kernel = row.operator if entry.kernel == "itself" else entry.kernel
+    gone = row.operator == "Identity"  # ONNX Runtime removes it
+    moves = "Transpose" if row.operator == "Transpose" else kernel
+    assert gone or moves in found.integer
+    assert (found.floating, found.others) == ([], [])
+    assert table.obstacle(only(model, row.operator)) is None
+    assert steps_apart(model) < 1.01
+
+
+@integer_rows
+def test_row_with_other_scales(row: Row) -> None:
+    """Only where the table says ``equal`` does another scale after the operator keep it in float."""
+    model = row.model(scale=0.03)
+    entry = table.integer(only(model, row.operator))
+    assert entry is not None
+    if row.operator == "Identity":
+        return
+    found = kernels(model)
+    floating = [*found.floating, *found.others]
+    assert [item.operator for item in floating] == ([row.operator] if entry.equal else [])
+    if entry.equal:
+        assert floating[0].reason == f"{row.operator} needs equal scales and zero points before and after it"
+
+
+@integer_rows
+def test_row_without_a_scale_after_it(row: Row) -> None:
+    """Only where the table says so does an operator run on integers without a QuantizeLinear behind it."""
+    model = row.model(output=False)
+    node = only(model, row.operator)
+    entry = table.integer(node)
+    assert entry is not None
+    found = kernels(model)
+    if entry.needs_output and not (row.operator == "Gemm" and len(node.inputs) < 3) and not table.moves_along(node):
+        (item,) = (*found.floating, *found.others)
+        assert item.operator == row.operator
+        assert "output" in item.reason
+    elif not table.moves_along(node):
+        assert found.floating == []
+        assert names(found) <= {"MatMulIntegerToFloat", "QGemm"}
+
+
+@pytest.mark.parametrize("row", FLOATING, ids=lambda row: row.name)
+def test_row_stays_in_float(row: Row) -> None:
+    model = row.model()
+    node = only(model, row.operator)
+    assert table.integer(node) is None
+    if row.operator == "AveragePool":  # it runs, but not right
+        assert steps_apart(model) > 1.01
+        return
+    assert names(kernels(model)) == set()
+    reason = table.obstacle(node)
+    assert reason is not None
+    assert reason.startswith(f"ONNX Runtime has no integer kernel for {row.operator}")
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    said = {entry.name for entry in OPERATORS.values() if entry.integer is not None}
+    assert said == {row.operator for row in INTEGER}
+
+
+def test_a_dilated_average_pool_is_refused_for_it_does_not_load() -> None:
+    row = Row("AveragePool", attributes={"kernel_shape": [2, 2], "dilations": [2, 2]}, opset=19)
+    assert table.integer(only(row.model(), "AveragePool")) is None
+    with pytest.raises(DoesNotRun):
+        kernels(row.model())
+
+
+def test_types_other_than_float32_have_no_kernel() -> None:
+    graph = Graph()
+    x = graph.input(IMAGE, ir.DataType.DOUBLE)
+    model = graph.model(graph.node("Sigmoid", x))
+    assert table.integer(only(model, "Sigmoid")) is None
+
+
+# Activation functions -------------------------------------------------------------------------------------------------
+
+
+def activated(
+    function: str, *limits: Any, scale: float, zero: int, dtype: Any = np.uint8, between: bool = False
+) -> Any:
+    def make(graph: Graph) -> ir.Value:
+        y = graph.node("Conv", graph.activation(), graph.weight((8, 8, 1, 1)))
+        y = graph.quantized(y) if between else y
+        return graph.quantized(graph.node(function, y, *map(np.float32, limits)), scale, zero, dtype)
+
+    return built(make)
+
+
+@pytest.mark.parametrize(
+    ("function", "limits", "scale", "zero", "dtype", "fuses"),
+    [
+        ("Relu", (), SCALE, 0, np.uint8, True),
+        ("Relu", (), SCALE, 1, np.uint8, False),
+        ("Relu", (), SCALE, 128, np.uint8, False),
+        ("Relu", (), SCALE, -128, np.int8, True),
+        ("Relu", (), SCALE, 0, np.int8, False),
+        ("Clip", (0, 6), 6 / 255, 0, np.uint8, True),
+        ("Clip", (0, 6), 0.01, 0, np.uint8, True),
+        ("Clip", (0, 6), 0.0236, 0, np.uint8, False),
+        ("Clip", (0, 6), 6 / 255, 1, np.uint8, False),
+        ("Clip", (-1, 1), 1.9 / 255, 128, np.uint8, True),
+        ("Clip", (-1, 1), 2.1 / 255, 128, np.uint8, False),
+        ("Clip", (-8, 8), SCALE, ZERO, np.uint8, True),
+    ],
+)
+def test_relu_and_clip_fuse_where_the_scale_cuts_off_as_much(
+    function: str, limits: tuple[float, ...], scale: float, zero: int, dtype: Any, fuses: bool
+) -> None:
+    model = activated(function, *limits, scale=scale, zero=zero, dtype=dtype)
+    condition = table.fused_activation(only(model, "Conv"), only(model, function))
+    assert condition is not None
+    grid = U8 if dtype is np.uint8 else S8
+    assert condition.hold(Affine(np.float32(scale), np.asarray(zero, dtype), grid)) is fuses  # type: ignore[arg-type]
+    found = kernels(model)
+    assert found.fused == fuses
+    if not fuses:
+        assert found.floating[0].reason == f"the QuantizeLinear after {function} reaches beyond what that lets through"
+
+
+@pytest.mark.parametrize("function", ["LeakyRelu", "Sigmoid"])
+def test_functions_with_a_kernel_need_a_scale_before_them(function: str) -> None:
+    beside, between = (activated(function, scale=SCALE, zero=ZERO, between=between) for between in (False, True))
+    assert table.fused_activation(only(beside, "Conv"), only(beside, function)) is None
+    assert kernels(beside).summary() == "0 of 1 layers in integer kernels"
+    assert kernels(between).integer == {"QLinearConv": 1, f"QLinear{function}": 1, "Transpose": 2}
+
+
+@pytest.mark.parametrize("function", ["HardSwish", "Tanh", "Elu"])
+def test_functions_without_a_kernel_need_a_scale_before_them(function: str) -> None:
+    found = kernels(activated(function, scale=SCALE, zero=ZERO))
+    assert found.fused == 0
+    assert "has no scale" in found.floating[0].reason
+    assert function in found.floating[0].reason
+    assert kernels(activated(function, scale=SCALE, zero=ZERO, between=True)).fused == 1
+
+
+def test_silu_is_three_kernels_with_a_scale_at_each_step_and_none_without() -> None:
+    def silu(graph: Graph, quantized: Callable[..., ir.Value]) -> ir.Value:
+        y = quantized(graph.node("Conv", graph.activation(), graph.weight((8, 8, 1, 1))))
+        return graph.quantized(graph.node("Mul", y, quantized(graph.node("Sigmoid", y))))
+
+    found = kernels(built(lambda graph: silu(graph, graph.quantized)))
+    assert {"QLinearConv", "QLinearSigmoid", "QLinearMul"} <= set(found.integer)
+    assert kernels(built(lambda graph: silu(graph, lambda value: value))).fused == 0
+
+
+def test_relu_alone_vanishes_between_equal_scales() -> None:
+    def make(graph: Graph) -> ir.Value:
+        return graph.quantized(graph.node("Relu", graph.activation(zero=0)), zero=0)
+
+    assert kernels(built(make)).quantizers == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+
+
+# Biases ---------------------------------------------------------------------------------------------------------------
+
+
+def biased(
+    shape: Sequence[int | str], bias: Any, *, output: bool = True, between: bool = False, after: str = "", **how: Any
+) -> ir.Model:
+    """MatMul and Add."""
+
+    def make(graph: Graph) -> ir.Value:
+        y = graph.node("MatMul", graph.activation(shape), graph.weight((16, 8), 1))
+        y = graph.quantized(y) if between else y
+        b = graph.quantized(graph.constant(bias)) if between else bias
+        y = graph.node("Add", y, b)
+        y = graph.node(after, y) if after else y
+        return graph.quantized(y, zero=0 if after else ZERO) if output else y
+
+    return built(make, **how)
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (2, 4, 16)])
+@pytest.mark.parametrize("opset", [13, 17, 21])
+def test_matmul_and_its_bias_are_one_kernel_with_a_scale_behind_both(shape: tuple[int, ...], opset: int) -> None:
+    model = biased(shape, BIAS, opset=opset)
+    found = table.matmul_bias(only(model, "MatMul"))
+    assert found is not None
+    assert (found.add, found.flat) == (only(model, "Add"), True)
+    assert kernels(model).integer["QGemm"] == 1
+    assert steps_apart(model) < 1.01
+
+
+def test_matmul_and_bias_without_a_scale_are_a_float_gemm() -> None:
+    (item,) = kernels(biased((2, 4, 16), BIAS, output=False)).floating
+    assert item.operator == "MatMul"
+    assert item.reason == "ONNX Runtime makes a Gemm of it and its bias, and that has no output scale"
+
+
+def test_a_bias_of_one_row_makes_a_float_gemm_of_a_flat_matmul_only() -> None:
+    flat, deep = biased((4, 16), BIAS[None]), biased((2, 4, 16), BIAS[None])
+    found = table.matmul_bias(only(flat, "MatMul"))
+    assert found is not None
+    assert not found.flat
+    assert kernels(flat).floating[0].reason == "ONNX Runtime makes a Gemm of it and its bias, which is not [N]"
+    assert table.matmul_bias(only(deep, "MatMul")) is None
+    assert kernels(deep).integer["MatMulIntegerToFloat"] == 1
+
+
+def test_a_bias_with_scales_around_it_is_an_add() -> None:
+    assert kernels(biased((2, 4, 16), BIAS, between=True)).integer == {"QLinearMatMul": 1, "QLinearAdd": 1}
+
+
+def test_relu_behind_a_bias_fuses_only_into_a_flat_matmul() -> None:
+    """Between the Gemm that ONNX Runtime makes of a deep one and the Relu comes a Reshape."""
+    flat, deep = biased((4, 16), BIAS, after="Relu"), biased((2, 4, 16), BIAS, after="Relu")
+    assert kernels(flat).fused == 1
+    assert table.fused_activation(only(flat, "Add"), only(flat, "Relu")) is not None
+    assert kernels(deep).fused == 0
+    assert table.fused_activation(only(deep, "Add"), only(deep, "Relu")) is None
+
+
+def conv_bias(scale: float, dtype: Any) -> ir.Model:
+    def make(graph: Graph) -> ir.Value:
+        weight = graph.weight((8, 8, 1, 1))
+        scales = graph.tape.nodes[-1].inputs[1].const_value.numpy() * np.float32(SCALE * scale)  # type: ignore[union-attr]
+        bias = graph.node("DequantizeLinear", np.ones(8, dtype), scales, np.zeros(8, dtype), axis=0)
+        return graph.quantized(graph.node("Conv", graph.activation(), weight, bias))
+
+    return built(make)
+
+
+def test_a_bias_of_integers_has_the_product_of_the_scales() -> None:
+    assert kernels(conv_bias(1, np.int32)).fused == 1
+    wrong, narrow = kernels(conv_bias(2, np.int32)), kernels(conv_bias(1, np.int8))
+    product = "the scale of its bias is not the product of the scales of its input and weight"
+    assert wrong.floating[0].reason == product
+    assert narrow.floating[0].reason == "its bias is quantized, but not to int32"
+
+
+# Around a layer -------------------------------------------------------------------------------------------------------
+
+
+def around(*, before: Callable[[Graph], ir.Value] | None = None, after: Callable[..., Any], opset: int = 17) -> Any:
+    def make(graph: Graph) -> Any:
+        x = before(graph) if before else graph.activation()
+        return after(graph, graph.node("Conv", x, graph.weight((8, 8, 1, 1))))
+
+    return kernels(built(make, opset))
+
+
+def test_fan_out_keeps_a_layer_in_float() -> None:
+    found = around(after=lambda graph, y: (graph.quantized(y), graph.quantized(y, 0.04)))
+    assert "fans out to 2 readers" in found.floating[0].reason
+    found = around(after=lambda graph, y: (graph.quantized(y), y))
+    assert "is an output of the graph" in found.floating[0].reason
+    found = around(after=lambda graph, y: (graph.quantized(y), graph.node("Tanh", y)))
+    assert "fans out to 2 readers" in found.floating[0].reason
+
+
+def test_fan_out_behind_the_quantizer_does_not() -> None:
+    def readers(graph: Graph, y: ir.Value) -> tuple[ir.Value, ...]:
+        y = graph.quantized(y)
+        return graph.node("Tanh", y), graph.node("Sin", y)
+
+    assert around(after=readers).fused == 1
+
+
+def test_sixteen_bits_stay_in_float() -> None:
+    found = around(after=lambda graph, y: graph.quantized(y, dtype=np.uint16), opset=21)
+    assert found.fused == 0
+    found = around(before=lambda graph: graph.activation(dtype=np.uint16), after=Graph.quantized, opset=21)
+    assert "uint16, and integer kernels take 8 bits" in found.floating[0].reason
+
+
+def test_signed_activations_fuse_while_each_has_one_reader() -> None:
+    def twice(graph: Graph, y: ir.Value) -> ir.Value:
+        y = graph.quantized(y, zero=0, dtype=np.int8)
+        sides = [
+            graph.quantized(graph.node("Conv", y, graph.weight((8, 8, 1, 1))), zero=0, dtype=np.int8) for _ in "ab"
+        ]
+        return graph.quantized(graph.node("Add", *sides), zero=0, dtype=np.int8)
+
+    def signed(graph: Graph) -> ir.Value:
+        return graph.activation(zero=0, dtype=np.int8)
+
+    assert around(before=signed, after=lambda graph, y: graph.quantized(y, zero=0, dtype=np.int8)).fused == 1
+    assert around(before=signed, after=twice).fused < 3
+
+
+def test_a_float_input_keeps_a_layer_in_float() -> None:
+    found = around(before=lambda graph: graph.input(IMAGE), after=Graph.quantized)
+    assert found.floating[0].reason == "its input 'x0' is not quantized"
+
+
+@pytest.mark.parametrize("operator", ["Add", "Mul", "Concat"])
+def test_every_operand_needs_a_scale(operator: str) -> None:
+    attributes = {"axis": 1} if operator == "Concat" else {}
+
+    def make(graph: Graph) -> ir.Value:
+        return graph.quantized(graph.node(operator, graph.activation(), np.ones(IMAGE, np.float32), **attributes))
+
+    assert "is not quantized" in kernels(built(make)).others[0].reason
+
+
+MOVES = {
+    "Reshape": ([ints(1, 8, 36, 1)], {}),
+    "Transpose": ([], {"perm": [0, 1, 3, 2]}),
+    "MaxPool": ([], {"kernel_shape": [2, 2]}),
+    "Slice": ([ints(0), ints(4), ints(2)], {}),
+    "Identity": ([], {}),
+    "Squeeze": ([ints(0)], {}),
+    "Unsqueeze": ([ints(0)], {}),
+    "Flatten": ([], {}),
+    "Split": ([], {"axis": 1}),
+    "Expand": ([ints(2, 8, 6, 6)], {}),
+    "Tile": ([ints(1, 1, 2, 1)], {}),
+    "Gather": ([ints(0, 1)], {"axis": 2}),
+    "Resize": ([None, TWICE], {"mode": "nearest"}),
+    "DepthToSpace": ([], {"blocksize": 2}),
+    "ReduceMax": ([], {"axes": [2]}),
+}
+
+
+@pytest.mark.parametrize("operator", MOVES)
+@pytest.mark.parametrize("forward", [True, False])
+def test_which_operators_a_scale_moves_over(operator: str, forward: bool) -> None:
+    constants, attributes = MOVES[operator]
+
+    def make(graph: Graph) -> ir.Value:
+        y = graph.node("Sigmoid", graph.activation())
+        y = graph.quantized(y) if forward else y
+        y = graph.node(operator, y, *constants, **attributes)
+        y = y if forward else graph.quantized(y)
+        return graph.quantized(graph.node("LeakyRelu", y))
+
+    model = built(make)
+    found = kernels(model)
+    moves = {"QLinearSigmoid", "QLinearLeakyRelu"} <= set(found.integer)
+    assert table.moves_along(only(model, operator)) is moves
+    assert ({item.operator for item in found.others} == set()) is moves
+
+
+def test_padding_before_a_convolution_becomes_its_own() -> None:
+    def pad(graph: Graph) -> ir.Value:
+        return graph.node("Pad", graph.activation(), ints(0, 0, 1, 1, 0, 0, 1, 1))
+
+    found = around(before=pad, after=Graph.quantized)
+    assert found.integer["QLinearConv"] == 1
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "weight", "attributes", "right", "wrong"),
+    [
+        ("Conv", IMAGE, (8, 8, 1, 1), {}, 0, 1),
+        ("MatMul", (4, 16), (16, 16), {}, 1, 0),
+        ("Gemm", (4, 16), (16, 16), {}, 1, 0),
+        ("Gemm", (4, 16), (16, 16), {"transB": 1}, 0, 1),
+    ],
+)
+def test_scales_along_input_channels_are_wrong_in_silence(
+    operator: str, shape: Any, weight: Any, attributes: Any, right: int, wrong: int
+) -> None:
+    models = [
+        Row(operator, [shape], weight=weight, axis=axis, attributes=attributes).model() for axis in (right, wrong)
+    ]
+    node = only(models[0], operator)
+    assert table.weight_axis(node) == right
+    assert steps_apart(models[0]) < 1.01
+    assert kernels(models[1]).fused == 1
+    assert steps_apart(models[1]) > 1.01
+
+
+def test_a_matrix_of_three_dimensions_has_one_scale() -> None:
+    model = Row("MatMul", [(2, 4, 16)], weight=(2, 16, 8), axis=2).model()
+    node = only(model, "MatMul")
+    assert table.weight_axis(node) is None
+    with pytest.raises(DoesNotRun):
+        steps_apart(model)
+
+
+def test_a_constant_first_operand_is_unsigned() -> None:
+    def make(dtype: Any) -> ir.Model:
+        def product(graph: Graph) -> ir.Value:
+            a = graph.node("DequantizeLinear", np.ones((4, 16), dtype), np.float32(SCALE), np.asarray(0, dtype))
+            return graph.quantized(graph.node("MatMul", a, graph.activation((16, 8))))
+
+        return built(product)
+
+    assert kernels(make(np.uint8)).fused == 1
+    assert "where uint8 is needed" in kernels(make(np.int8)).floating[0].reason
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def test_recurrent_layers_and_layers_in_bodies_are_counted(parse: Callable[[str], ir.Model]) -> None:
+    model = parse("""
+        net (bool c, float[4, 8] x, float[8, 8] w) => (float[4, 8] y)
+        {
+            y = If (c) <
+                then_branch = t () => (float[4, 8] a) { a = MatMul (x, w) },
+                else_branch = e () => (float[4, 8] b) { b = Tanh (x) }
+            >
+        }
+    """)
+    found = kernels(model)
+    assert found.layers == 1
+    assert found.summary() == "0 of 1 layers in integer kernels"
+    assert [item.reason for item in found.floating] == ["its input 'x' is not quantized"]
+    assert found.floating[0].address.endswith(only_body_node(model))
+
+
+def only_body_node(model: ir.Model) -> str:
+    (node,) = (node for node in model.graph.all_nodes() if node.op_type == "MatMul")
+    return node.name or node.op_type
+
+
+def test_layers_that_quantize_as_they_run_are_in_integer_kernels() -> None:
+    def make(graph: Graph) -> ir.Value:
+        weight = graph.random.integers(-127, 128, (16, 8)).astype(np.int8)
+        return graph.node("DynamicQuantizeMatMul", graph.input((4, 16)), weight, ONES, domain="com.microsoft")
+
+    found = kernels(built(make))
+    assert (found.fused, found.layers, found.integer) == (1, 1, {"DynamicQuantizeMatMul": 1})
+
+
+def test_layers_of_constants_are_computed_ahead_and_do_not_count() -> None:
+    def make(graph: Graph) -> ir.Value:
+        y = graph.node("MatMul", np.ones((4, 4), np.float32), np.ones((4, 4), np.float32))
+        return graph.node("Add", graph.input((4, 4)), y)
+
+    assert kernels(built(make)).layers == 0
+
+
+def test_bounds_are_those_of_constants() -> None:
+    clip = activated("Clip", 0, 6, scale=SCALE, zero=0)
+    assert table.bounds(only(clip, "Clip")) == table.Bounds(0, 6)
+    relu = activated("Relu", scale=SCALE, zero=0)
+    assert table.bounds(only(relu, "Relu")) == table.Bounds(0, math.inf)
+    assert table.bounds(only(relu, "Conv")) is None
