@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -187,10 +187,43 @@ class Distribution:
     def update(self, array: Array) -> None:
         if array.size:
             array = floats(array).reshape(-1)
-            low, high = extremes(array)
-            self._reach(low, high)
-            _count(array, self.exponent, self.first, self.counts)
+            counted = self._counted(array)
+            if counted is None:
+                self._reach(*extremes(array))
+                counted = self._counted(array)
+            assert counted is not None
+            self.counts += counted
             self.seen += array.size
+
+    def _counted(self, array: Array) -> Array | None:
+        """The counts of flat float32 or float64; None, quickly, where some of it is beyond the bins that there are.
+
+        The product with a power of two is exact. A look at the bins takes less time than one at the numbers, of which
+        only those in the outermost bins can be the least or the greatest.
+        """
+        if not self.counts.size:
+            return None
+        scale = array.dtype.type(math.ldexp(1.0, -self.exponent))
+        size = min(_BLOCK, array.size)
+        scaled, index = np.empty(size, array.dtype), np.empty(size, np.int32)
+        total, last = np.zeros_like(self.counts), self.counts.size - 1
+        low, high = self.low, self.high
+        for block in _blocks(array):
+            part, place = scaled[: block.size], index[: block.size]
+            with np.errstate(invalid="ignore", over="ignore"):
+                np.multiply(block, scale, out=part)
+                np.copyto(place, part, casting="unsafe")  # towards zero; what does not fit, and NaN, becomes -2^31
+            place -= self.first
+            if place.min() < 0 or place.max() > last:
+                return None
+            found = np.bincount(place, minlength=total.size)
+            if found[0]:
+                low = min(low, float(block.min()))
+            if found[last]:
+                high = max(high, float(block.max()))
+            total += found
+        self.low, self.high = low, high
+        return total
 
     def merge(self, other: Self) -> None:
         if other.seen:
@@ -256,7 +289,8 @@ class Distribution:
 def finest_exponent(low: float, high: float, bins: int) -> int:
     """The least e of at least ``FINEST`` for which [``low``, ``high``] and zero take at most ``bins`` bins of 2^e."""
     low, high = min(low, 0.0), max(high, 0.0)
-    exponent = max(FINEST, math.frexp(max(high, -low) / bins)[1] - 1)
+    extent = max(high, -low)
+    exponent = max(FINEST, math.frexp(extent / bins)[1] - 1) if extent else FINEST
     while _bin(high, exponent) - _bin(low, exponent) + 1 > bins:
         exponent += 1
     return exponent
@@ -266,18 +300,8 @@ def _bin(number: float, exponent: int) -> int:
     return math.trunc(math.ldexp(number, -exponent))
 
 
-def _count(array: Array, exponent: int, first: int, counts: Array) -> None:
-    """Add the bin of each element of flat float32 or float64; the product with a power of two is exact."""
-    scale = array.dtype.type(math.ldexp(1.0, -exponent))
-    size = min(_BLOCK, array.size)
-    scaled, index = np.empty(size, array.dtype), np.empty(size, np.int32)
-    for start in range(0, array.size, _BLOCK):
-        block = array[start : start + _BLOCK]
-        part, place = scaled[: block.size], index[: block.size]
-        np.multiply(block, scale, out=part)
-        np.copyto(place, part, casting="unsafe")  # towards zero
-        place -= first
-        counts += np.bincount(place, minlength=counts.size)
+def _blocks(array: Array) -> Iterator[Array]:
+    return (array[start : start + _BLOCK] for start in range(0, array.size, _BLOCK))
 
 
 # Channels -----------------------------------------------------------------------------------------------------------

@@ -92,10 +92,16 @@ def kernels(model: ir.Model) -> Kernels:
         original, node = pairs[number]
         is_layer = bool(operator(node).matrices)
         layers += is_layer
-        if not became[number] and (is_layer or operator(node).integer):
+        if not became[number] and (is_layer or (operator(node).integer and _gives_floats(node))):
             found = Floating(named[original], node.op_type, obstacle(node) or _UNEXPLAINED)
             (floating if is_layer else others).append(found)
     return Kernels(integer, quantizers, floating, others, layers)
+
+
+def _gives_floats(node: ir.Node) -> bool:
+    """Whether it may: shapes are computed with the same operators."""
+    dtype = node.outputs[0].dtype
+    return dtype is None or dtype.is_floating_point()
 
 
 def _nodes(model: ir.Model) -> list[ir.Node]:
@@ -112,11 +118,11 @@ def _judged(model: ir.Model) -> Iterator[tuple[ir.Node, bool]]:
             first = node.inputs[0] if node.inputs else None
             carries = first in narrow and node.op_type not in (*_TO_INTEGER, *_FROM_INTEGER, "Cast", "Shape")
             yield node, computes or carries
-            if node.op_type in _TO_INTEGER or (carries and not _gives_float(node)):
+            if node.op_type in _TO_INTEGER or (carries and not _is_unscaled(node)):
                 narrow.add(node.outputs[0])
                 narrow.update(node.outputs if carries else ())
 
 
-def _gives_float(node: ir.Node) -> bool:
-    """QGemm without a scale for its output."""
+def _is_unscaled(node: ir.Node) -> bool:
+    """A QGemm without a scale for its output, which gives floats."""
     return node.op_type == "QGemm" and len(node.inputs) < 8

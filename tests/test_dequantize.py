@@ -492,7 +492,9 @@ CLAMPED = """<ir_version: 8, opset_import: ["": OPSET]> m (float[2,2] x) => (flo
         (13, 0.02, 0, "g = MatMul (x, w) h = Relu (g)", ["MatMul", "Relu", "Mul"]),
         (13, 0.02, 0, "g = Sigmoid (x) h = Transpose (g)", ["Sigmoid", "Transpose", "Mul"]),
         (13, 0.02, 0, "g = Erf (x) h = Add (g, t)", ["Erf", "Add", "Mul"]),
-        (13, 0.02, 0, "g = Tanh (x) h = Mul (g, t)", ["Tanh", "Mul", "Relu", "Mul"]),
+        (13, 0.02, 0, "g = Sin (x) h = Mul (g, t)", ["Sin", "Mul", "Relu", "Mul"]),
+        (20, 0.5, 0, "h = Gelu (x)", ["Gelu", "Mul"]),
+        (13, 0.6, 0, "g = Sigmoid (x) h = Mul (g, x)", ["Sigmoid", "Mul", "Mul"]),
     ],
 )
 def test_relu_stands_again_where_the_rounding_clamped(

@@ -13,7 +13,8 @@ from penjing.ir.weights import weights
 from penjing.models import zoo
 from penjing.passes.base import Context, Effect
 from penjing.passes.quantize.equalize import Equalize
-from penjing.passes.quantize.seams import powers, seams, unevenness
+from penjing.passes.quantize.seam_search import seams
+from penjing.passes.quantize.seams import powers, unevenness
 from penjing.passes.selection import Selection
 from penjing.runtime.session import OrtRunner
 

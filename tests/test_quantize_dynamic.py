@@ -260,6 +260,11 @@ def test_a_weight_that_others_read_too_stays(parse: Parse) -> None:
         ("y = MatMul (x, x)", {}, "its weight is no constant"),
         ("y = MatMul (w, x)", {"w": normal(64, 64)}, "its weight is no constant"),
         ("y = MatMul (x, w)", {"w": normal(64)}, "its weight is a vector"),
+        (
+            "c = Cast <to=1> (w) d = Mul (c, c) [layer] y = MatMul (x, d)",
+            {"w": np.ones((64, 96), np.int8)},
+            "dequantize",
+        ),
         ("y = MatMul (x, w)", {"w": normal(64, 8)}, "fewer than 16 output channels save less"),
         ("y = MatMul (x, w)", {"w": normal(64, 20)}, "so few weights that"),
         ("y = MatMul (x, w)", {"w": np.full((64, 96), np.nan, np.float32)}, "its weight holds NaN or infinity"),
@@ -269,7 +274,8 @@ def test_a_weight_that_others_read_too_stays(parse: Parse) -> None:
 )
 def test_what_is_left_alone_and_why(parse: Parse, body: str, constants: dict[str, Array], reason: str) -> None:
     header = "m (float[64,64] x) => (float[64,M] y)" + ("<float[1] w = {0}>" if constants else "")
-    model = given(parse, f"{header} {{ [layer] {body} }}", **constants)
+    code = body if "[layer]" in body else f"[layer] {body}"
+    model = given(parse, f"{header} {{ {code} }}", **constants)
     before = [node.op_type for node in model.graph]
     ctx = quantize(model)
     assert reason in reasons(ctx)["layer"]

@@ -15,7 +15,7 @@ from penjing.ir.weights import weights
 from penjing.models import zoo
 from penjing.passes.base import Context, Effect, Feeds
 from penjing.passes.points import Range
-from penjing.passes.quantize.seams import seams
+from penjing.passes.quantize.seam_search import seams
 from penjing.passes.quantize.smooth import Smooth
 from penjing.passes.selection import Selection
 from penjing.runtime.session import OrtRunner
@@ -28,7 +28,8 @@ FEEDS = [{"image": IMAGES[start : start + 20]} for start in range(0, 80, 20)]
 
 NORMED = """
     m (float[1,5,4] x) => (float[1,5,3] y)
-    <float[4] gamma = {1, 40, 1, 1}, float[4] beta = {0, 8, 0, 0}, float[3] bias = {1, 2, 3}, float[4] delta = {2, 3, 4, 5},
+    <float[4] gamma = {1, 40, 1, 1}, float[4] beta = {0, 8, 0, 0}, float[3] bias = {1, 2, 3},
+     float[4] delta = {2, 3, 4, 5},
      float[4,3] w = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, float[4,3] v = {1, -1, 1, 1, -1, 1, 1, -1, 1, 1, 1, 1}>"""
 
 

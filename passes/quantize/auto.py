@@ -12,12 +12,13 @@ import onnx_ir as ir
 from ...ir.affine import S8, S8_7BIT, U8
 from ...ir.edit import become
 from ...ir.errors import UsageError
+from ...ir.files import saved_bytes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from .calibrators import Method
 from .insertion import Grids
 from .judge import Bars, Fidelity, Judge
 from .observe import observe
-from .plan import Plan, prepare
+from .plan import Plan, forget_shapes, known_shapes, prepare
 from .treatments import Choice, Treated, Treatment, layers, treat
 
 _TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
@@ -55,6 +56,9 @@ class QuantizeAuto(Pass):
         """Raises ``NeedsData`` without data, ``BadFeeds`` for data that hold NaN or infinity."""
         search = Search(model, ctx, Bars(self.max_drop, self.min_sqnr), self.target, self.keep)
         found = search.run()
+        if found is None:
+            ctx.skip("model", "nothing gains: it stays as it was")
+            return
         search.tell(found)
         become(model, found.treated.model)
 
@@ -79,9 +83,18 @@ class Search:
     keep: Selection
     trail: list[str] = field(default_factory=list)  # what was tried, for the ledger
 
-    def run(self) -> Candidate:
+    def run(self) -> Candidate | None:
+        """The best choice that holds the bounds; None where the model had better stay as it is."""
+        best = self._found()
+        if self._good(best) and self._gains(best):
+            return best
+        plain = self._whole(self._try(Choice(default=Treatment.FLOAT)))  # cleaned only, its activations fused
+        return plain if self._good(plain) and self._gains(plain) else None
+
+    def _found(self) -> Candidate:
         ctx = self.ctx
         self.judge = Judge(self.original, ctx)
+        self.known = known_shapes(self.original)
         self.model = self.original.clone()
         self.model.meta.update(self.original.meta)
         prepare(self.model, ctx)
@@ -148,11 +161,17 @@ class Search:
 
     def _try(self, choice: Choice, *, metric: bool = False) -> Candidate:
         treated = treat(self.model, choice, self.observed, self.grids, self.ctx.for_step(self.ctx.step))
+        forget_shapes(treated.model, self.known)
         return Candidate(choice, treated, self.judge.fidelity(treated.model, runs=_TRIED, metric=metric))
 
     def _whole(self, candidate: Candidate) -> Candidate:
         """The same, judged on all feeds and by the metric."""
         return Candidate(candidate.choice, candidate.treated, self.judge.fidelity(candidate.treated.model))
+
+    def _gains(self, candidate: Candidate) -> bool:
+        """Whether it is smaller than the original, or as large and faster by the table."""
+        before, after = saved_bytes(self.original), saved_bytes(candidate.treated.model)
+        return after < before or (after == before and bool(candidate.treated.static or candidate.treated.dynamic))
 
     def _good(self, candidate: Candidate) -> bool:
         return candidate.fidelity.distance(self.bars) <= 1

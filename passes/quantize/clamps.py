@@ -20,19 +20,14 @@ _NEAR = 1e-5  # relative: how near to 6 the end of a range is that was clamped t
 _DEPTH = 8  # nodes to look back along for what cannot be negative
 
 _NOT_NEGATIVE = "Relu Sigmoid HardSigmoid Softmax Abs Exp Sqrt Softplus ThresholdedRelu"
-_LEAST = {(name, ""): 0.0 for name in _NOT_NEGATIVE.split()} | {(name, ""): -1.0 for name in ("Erf", "Tanh")}
-_WITHIN = {
-    "MaxPool",
-    "AveragePool",
-    "GlobalAveragePool",
-    "GlobalMaxPool",
-    "ReduceMean",
-    "ReduceMax",
-    "Resize",
-    "Upsample",
-}
-_WITHIN |= {"Concat", "Dropout", "Add", "Mul"}
+_LEAST = {(name, ""): 0.0 for name in _NOT_NEGATIVE.split()}
+_LEAST |= {("Erf", ""): -1.0, ("Tanh", ""): -1.0, ("HardSwish", ""): -0.375, ("Mish", ""): -0.31}
+_LEAST |= dict.fromkeys((("Gelu", ""), ("Gelu", "com.microsoft"), ("FastGelu", "com.microsoft")), -0.17)
+_WITHIN = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax"}
+_WITHIN |= {"Resize", "Upsample", "Concat", "Dropout", "Add", "Mul"}
 """Operators whose outputs lie within their operands, or follow from them."""
+_GATES = {"Sigmoid", "HardSigmoid", "Erf", "Tanh"}
+_GATE_DEPTH = 4  # nodes from the product of a gate back to it: x * 0.5 * (1 + erf(x / sqrt(2)))
 _NUMBERS = (Kind.OPERAND, Kind.EMBEDDING, Kind.TABLE)
 _FEW = 1024
 
@@ -56,7 +51,9 @@ def _clamped(tape: Tape, node: ir.Node) -> Replacement:
     if scales is None or zeros is None or zeros.dtype.kind not in "iu":
         return None
     kind = np.iinfo(zeros.dtype)
-    if x.producer() is None or is_constant(x) or not np.all(zeros == kind.min) or _least(x) >= 0:
+    if x.producer() is None or is_constant(x) or not np.all(zeros == kind.min):
+        return None
+    if _least(x) >= -scales.min() / 2 or _is_gated(x):  # then the clamp does no more than the rounding
         return None
     highest = (kind.max - kind.min) * scales.astype(np.float64)
     positive = _clipped(tape, x, scales.dtype) if np.all(np.abs(highest - RELU6) <= _NEAR * RELU6) else tape.Relu(x)
@@ -68,6 +65,18 @@ def _clipped(tape: Tape, x: ir.Value, dtype: np.dtype[Any]) -> ir.Value:
         return tape.Clip(x, min=0.0, max=RELU6)  # type: ignore[no-any-return]
     ends = [tape.constant(np.asarray(end, dtype), f"{x.name}_{word}") for word, end in (("min", 0), ("max", RELU6))]
     return tape.Clip(x, *ends)  # type: ignore[no-any-return]
+
+
+def _is_gated(value: ir.Value | None, depth: int = _GATE_DEPTH) -> bool:
+    """Whether ``value`` is a product with a gate, as SiLU and GELU are written: no Relu is merged with such."""
+    node = value.producer() if value is not None else None
+    if node is None or depth == 0:
+        return False
+    if depth < _GATE_DEPTH and node.op_type in _GATES:
+        return True
+    if node.op_type == "Mul" or (depth < _GATE_DEPTH and node.op_type == "Add"):
+        return any(_is_gated(item, depth - 1) for item in node.inputs)
+    return False
 
 
 def _least(value: ir.Value | None, depth: int = _DEPTH) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...ir.constants import is_constant
 from ...ir.match import attribute, decline
 from ...ir.ops import operator
 from ...ir.quantization import NARROW
@@ -14,6 +15,7 @@ from .recurrent import NO_FORM, WEIGHTS, check_lstm
 FEWEST_COLUMNS, FEWEST_WEIGHTS = 16, 4096
 """With fewer columns, or weights in all, quantizing the input takes longer than the product saves (M from 1 to 256)."""
 
+DECODED = "its weight is decoded from integers; dequantize it first"
 NO_GAIN = {
     "Conv": "a convolution: ConvInteger takes five times as long as float",
     "ConvTranspose": "ONNX Runtime has no integer ConvTranspose",
@@ -51,7 +53,7 @@ class Layer:
             value, swapped, cast = _source(node.inputs[port])
             weight = constants.get(value) if value is not None else None
             if weight is None:
-                decline("its weight is no constant")
+                decline(DECODED if _is_decoded(node.inputs[port]) else "its weight is no constant")
             self.weights.append(weight)
             _check_weight(weight, cast)
             self.swapped.append(swapped != self._is_output_first())
@@ -92,6 +94,18 @@ class Layer:
         if size < (4 * FEWEST_WEIGHTS if self.is_lstm else FEWEST_WEIGHTS):
             return "so few weights that quantizing the input costs more than they save"
         return None
+
+
+def _is_decoded(value: ir.Value | None, steps: int = 4) -> bool:
+    """Whether ``value`` is computed from constant integers and scales alone, as stored weights are decoded."""
+    node = value.producer() if value is not None else None
+    if node is None or steps == 0:
+        return False
+    known = [item for item in node.inputs if item is not None]
+    if node.op_type in ("Cast", "DequantizeLinear"):
+        return bool(known) and all(map(is_constant, known)) and known[0].dtype not in NARROW
+    through = node.op_type in ("Mul", "Sub", "Transpose", "Identity")
+    return through and any(_is_decoded(item, steps - 1) for item in known)
 
 
 def _source(value: ir.Value | None) -> tuple[ir.Value | None, bool, bool]:

@@ -11,7 +11,8 @@ from ...ir.storage import BLOCK
 from ...ir.weights import Weight
 from ..base import Array, Context, Effect, Pass, register
 from ..selection import NOTHING, Selection, left_out
-from .seams import LEAST, Part, Seam, powers, seams, unevenness
+from .seam_search import seams
+from .seams import LEAST, Part, Seam, powers, unevenness
 
 _SWEEPS = 100
 _SETTLED = 2.0**-6  # of a factor's logarithm

@@ -69,7 +69,7 @@ class Window:
         chosen = np.unravel_index(_spaced(math.prod(sizes), positions), sizes)
         found = view[_index((slice(None), *chosen))]  # [C, positions, kernel...]
         found = found.reshape(self.groups, -1, found.shape[1], math.prod(self.kernel)).swapaxes(1, 2)
-        return found.reshape(self.groups, found.shape[1], -1)
+        return np.asarray(found.reshape(self.groups, found.shape[1], -1))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class GramStatistic:
             return
         for part in self.point.vectors(array):
             vectors = part.astype(np.float64)
-            self._add(vectors.swapaxes(1, 2) @ vectors, vectors.shape[1])
+            one = len(vectors) == 1  # numpy computes half of a matrix times its own transpose, but not of a stack
+            self._add((vectors[0].T @ vectors[0])[None] if one else vectors.swapaxes(1, 2) @ vectors, vectors.shape[1])
 
     def merge(self, other: Self) -> None:
         if other.total is not None:

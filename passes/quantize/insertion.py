@@ -13,12 +13,13 @@ from ...ir.constants import constant_tensor, new_constant
 from ...ir.edit import Names, insert_after, insert_before
 from ...ir.match import attribute
 from ...ir.ops import operator
-from ...ir.scopes import Scope
+from ...ir.scopes import Scope, scopes
 from ...ir.unused import discard
 from .units import Port, Role, Unit
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
+_FLOAT = ir.DataType.FLOAT
 _LARGEST_BIAS = 2**30  # a bias of more steps could overflow the sum of products, 32 bits
 
 
@@ -68,8 +69,24 @@ class Inserter:
                 self._clamp(unit)
 
     def finish(self) -> None:
-        """Take out the constants that nothing reads any more."""
+        """Keep in float what is to stay there, and take out the constants that nothing reads any more."""
+        for scope in scopes(self.model):
+            for node in scope.graph:
+                if _would_be_quantized(node):
+                    self._guard(node)
         discard(self._freed)
+
+    def _guard(self, node: ir.Node) -> None:
+        """ONNX Runtime puts a float layer between integers on integers itself, with the float weight rounded unasked.
+
+        It does not see through a Max, which of one operand is the identity and a copy at most.
+        """
+        guard = ir.node("Max", [node.inputs[0]], name=self.names.fresh(f"{node.name}_guard"))
+        guard.outputs[0].name, guard.outputs[0].type = self.names.fresh(f"{node.name}_float"), ir.TensorType(_FLOAT)
+        assert node.inputs[0] is not None
+        guard.outputs[0].shape = node.inputs[0].shape
+        insert_before(node, guard, self.names)
+        node.replace_input_with(0, guard.outputs[0])
 
     # Activations ------------------------------------------------------------------------------------------------------
 
@@ -81,6 +98,8 @@ class Inserter:
         nodes, constants = self._pair(value.name or "", into, out)
         _read(nodes[0], value)
         assert value.graph is not None
+        if value.is_graph_output():  # the new value takes its name, and it the new one's
+            nodes[-1].outputs[0].name = self.names.fresh(f"{value.name}_float")
         _register(value.graph, constants)
         insert_after(value, nodes, self.names)
 
@@ -103,7 +122,7 @@ class Inserter:
         others = constants if out is into else self._parameters(stem, out)
         dequantize = ir.node("DequantizeLinear", [integers, *others], name=self.names.fresh(f"{stem}_DequantizeLinear"))
         floats = dequantize.outputs[0]
-        floats.name, floats.type = self.names.fresh(f"{stem}_dequantized"), ir.TensorType(ir.DataType.FLOAT)
+        floats.name, floats.type = self.names.fresh(f"{stem}_dequantized"), ir.TensorType(_FLOAT)
         return [quantize, dequantize], constants if out is into else [*constants, *others]
 
     def _clamp(self, unit: Unit) -> None:
@@ -215,7 +234,7 @@ class Inserter:
             name=self.names.fresh(f"{stem}_DequantizeLinear"),
         )
         output = node.outputs[0]
-        output.name, output.type = self.names.fresh(f"{stem}_dequantized"), ir.TensorType(ir.DataType.FLOAT)
+        output.name, output.type = self.names.fresh(f"{stem}_dequantized"), ir.TensorType(_FLOAT)
         output.shape = integers.shape
         return node
 
@@ -236,6 +255,28 @@ class Inserter:
         value, _ = new_constant(scope, ir.Tensor(array, name=name), name)
         _register(scope.graph, [value])
         return value
+
+
+def _would_be_quantized(node: ir.Node) -> bool:
+    """Whether ONNX Runtime takes a float layer for one whose weight somebody forgot to quantize."""
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or _made_by(node.inputs[0]) != "DequantizeLinear":
+        return False
+    if _made_by(node.inputs[1]) == "DequantizeLinear":
+        return False
+    reader = _only_reader(node.outputs[0])
+    if reader is not None and reader.op_type in ("Relu", "Clip"):
+        reader = _only_reader(reader.outputs[0])
+    return reader is not None and reader.op_type == "QuantizeLinear"
+
+
+def _made_by(value: ir.Value | None) -> str:
+    node = None if value is None else value.producer()
+    return "" if node is None else node.op_type
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = tuple(value.uses())
+    return uses[0].node if len(uses) == 1 else None
 
 
 def weight_affine(

@@ -44,6 +44,9 @@ def observe(plan: Plan, ctx: Context) -> Observed:
     try:
         answers = ctx.runner.statistics(plan.model, points, ctx.data)
     except Unanswered as error:
+        given = {value.name for value in plan.model.graph.inputs}
+        if any(point.value in given for point in error.reasons):
+            raise  # the data themselves; inside, a mask of -inf is no fault
         answers = error.answers
         observed.reasons.update({point.value: reason for point, reason in error.reasons.items()})
     for address in addresses:

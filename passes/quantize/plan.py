@@ -39,12 +39,33 @@ def prepare(model: ir.Model, ctx: Context) -> None:
     if 0 < stamp < LEAST_OPSET:
         raise_opset(model, LEAST_OPSET)
         ctx.change("main graph", f"opset {stamp} to {LEAST_OPSET}, for scales of channels")
-    for step in Pipeline.of("clean,fuse-activations").run(model, ctx):
+    for step in Pipeline.of("clean,fuse-activations,infer-shapes").run(model, ctx):
         ctx.ledger.changes += step.ledger.changes
     names = Names(model)
     for scope in scopes(model):
         for node in scope.graph:
             node.name = node.name or names.fresh(node.op_type)
+
+
+def known_shapes(model: ir.Model) -> frozenset[str]:
+    """The addresses of the values whose shapes the file gives."""
+    return frozenset(
+        scope.address(value)
+        for scope in scopes(model)
+        for node in scope.graph
+        for value in node.outputs
+        if value.shape is not None
+    )
+
+
+def forget_shapes(model: ir.Model, known: frozenset[str]) -> None:
+    """Drop the shapes of values inside that were inferred on the way: a line of the file each, and ONNX Runtime infers
+    them itself."""
+    for scope in scopes(model):
+        for node in scope.graph:
+            for value in node.outputs:
+                if not value.is_graph_output() and scope.address(value) not in known:
+                    value.shape = value.type = None
 
 
 @dataclass(slots=True)

@@ -103,7 +103,7 @@ def _has_bodies(node: ir.Node) -> bool:
 def _entry(found: Distribution) -> dict[str, Any]:
     if not found.seen:
         return {"seen": 0}
-    plain = {"low": found.low, "high": found.high, "seen": found.seen}
+    plain = {"low": float(found.low), "high": float(found.high), "seen": found.seen}
     if not found.counts.size:
         return plain
     found = found.coarse(BINS)

@@ -18,7 +18,8 @@ from ..base import Array, Context, Effect, Pass, register
 from ..points import Channels
 from ..selection import NOTHING, Selection, left_out
 from .original import answers
-from .seams import Part, Seam, Vertex, along, powers, reach, seams, unevenness
+from .seam_search import seams
+from .seams import Part, Seam, Vertex, along, powers, reach, unevenness
 
 
 @register("smooth")
@@ -107,7 +108,9 @@ class Smooth(Pass):
             before = _worst(readers)
             for part in readers:
                 part.scale(exponents, str(self))
-            _multiply(model, vertex, factors, [part.node for part in readers], names)
+            shape = [-1 if axis == vertex[1] else 1 for axis in range(seam.ranks[vertex])]
+            constant = factors.reshape(shape).astype(readers[0].weight.dtype.numpy())
+            _multiply(model, vertex[0], constant, [part.node for part in readers], names)
             figures = _figures(exponents, activations, before, readers)
             ctx.change(vertex[0], "outliers moved into the weights by a Mul", **figures)
 
@@ -142,19 +145,16 @@ def _activations(seam: Seam, ranges: Mapping[Vertex, Array]) -> Array:
     return found
 
 
-def _multiply(model: ir.Model, vertex: Vertex, factors: Array, nodes: Sequence[ir.Node], names: Names) -> None:
-    """Let ``nodes`` read the value of ``vertex`` times ``factors`` along its axis."""
-    value, axis = vertex
-    graph, dtype = value.graph, value.dtype or ir.DataType.FLOAT
+def _multiply(model: ir.Model, value: ir.Value, factors: Array, nodes: Sequence[ir.Node], names: Names) -> None:
+    """Let ``nodes`` read ``value`` times ``factors``."""
+    graph = value.graph
     assert graph is not None
-    assert value.shape is not None
-    shape = [-1 if place == axis else 1 for place in range(len(value.shape))]
     name = names.fresh(f"{value.name}_smoothing")
     scope = next(scope for scope in scopes(model) if scope.graph is graph)
-    constant, node = new_constant(scope, ir.Tensor(factors.reshape(shape).astype(dtype.numpy()), name=name), name)
+    constant, node = new_constant(scope, ir.Tensor(factors, name=name), name)
     product = ir.node("Mul", [value, constant], name=names.fresh(f"{value.name}_Mul"))
     output = product.outputs[0]
-    output.name, output.type, output.shape = names.fresh(f"{value.name}_smooth"), value.type, value.shape.copy()
+    output.name, output.type, output.shape = names.fresh(f"{value.name}_smooth"), value.type, value.shape
     if node is None:
         graph.register_initializer(constant)
     made = [product] if node is None else [node, product]

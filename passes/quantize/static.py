@@ -20,7 +20,7 @@ from .insertion import Grids
 from .observe import Observed, observe, read_observed
 from .original import remember
 from .placement import Sizes, unit_costs
-from .plan import Plan, prepare, sizes_of
+from .plan import Plan, forget_shapes, known_shapes, prepare, sizes_of
 from .treatments import write
 from .units import Role, Unit
 from .weights import QuantizeWeights
@@ -66,6 +66,7 @@ class QuantizeStatic(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without data and ranges, ``BadFeeds`` for data that hold NaN or infinity."""
+        known = known_shapes(model)
         prepare(model, ctx)
         remember(model)
         if self.activations.endswith("16") and model.opset_imports[""] < 21:
@@ -78,6 +79,7 @@ class QuantizeStatic(Pass):
         self._tell(plan, chosen, observed, sizes, ctx)
         write(model, plan, chosen, observed, self.grids, self.calibrator)
         QuantizeWeights(only=self.only, keep=self.keep).run(model, ctx)
+        forget_shapes(model, known)
 
     @property
     def grids(self) -> Grids:

@@ -32,7 +32,7 @@ from penjing.runtime.measure import MemoryMeter
 from penjing.runtime.session import open_session
 from penjing.runtime.statistics import collect
 
-ROUNDS = 3
+ROUNDS = 5
 SAMPLES = (8, 64, 512)
 
 

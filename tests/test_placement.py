@@ -1,0 +1,137 @@
+"""Which units run on integers: the minimum cut against every possible choice, and what counts as a unit."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from penjing.ir.scopes import scopes
+from penjing.passes.quantize import placement
+from penjing.passes.quantize.placement import place
+from penjing.passes.quantize.units import Role, Unit, find_units
+
+Parse = Callable[[str], ir.Model]
+
+RESIDUAL = """m (float[1,8,4,4] x) => (float[1,8,4,4] y, float[1,8,4,4] z)
+<float[8,8,1,1] w, float[8] b> {
+    c1 = Conv (x, w, b)
+    r1 = Relu (c1)
+    c2 = Conv (r1, w)
+    e = Exp (c2)
+    s = Sigmoid (c2)
+    m = Mul (c2, s)
+    a = Add (m, r1)
+    y = Conv (a, w)
+    z = Softsign (e)
+}"""
+
+
+def with_constants(model: ir.Model) -> ir.Model:
+    """Every value that is only declared becomes an initializer; all others are float32, of one shape if unknown."""
+    rng = np.random.default_rng(0)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and not value.is_graph_input():
+                if value.is_initializer():
+                    continue
+                assert value.shape is not None
+                array = rng.standard_normal(value.shape.numpy()).astype(np.float32)
+                value.const_value = ir.tensor(array, name=value.name)
+                model.graph.register_initializer(value)
+    for node in model.graph:
+        for value in node.outputs:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = value.shape or ir.Shape([1, 8, 4, 4])
+    return model
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_no_choice_is_cheaper_than_the_cut(seed: int, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 2^n choices are priced by the rules that the cut is built from, written out here once more."""
+    model = with_constants(parse(RESIDUAL))
+    units, left = find_units(next(scopes(model)))
+    assert [unit.node.op_type for unit in units] == ["Conv", "Conv", "Sigmoid", "Mul", "Add", "Conv"]
+    assert left == []
+    rng = np.random.default_rng(seed)
+    prices = {unit: tuple(float(price) for price in rng.integers(0, 100, 2)) for unit in units}
+    into, out = (float(price) for price in rng.integers(0, 60, 2))
+    monkeypatch.setattr(placement, "quantize_cost", lambda _: into)
+    monkeypatch.setattr(placement, "dequantize_cost", lambda _: out)
+    monkeypatch.setattr(placement, "transpose_cost", lambda _: 0.0)
+
+    makers = {value: unit for unit in units for value in unit.outputs}
+    readers: dict[ir.Value, set[Unit]] = {}
+    for unit in units:
+        for value in unit.sources:
+            readers.setdefault(value, set()).add(unit)
+    read_otherwise = {value for node in model.graph if node.op_type == "Exp" for value in node.inputs}
+    read_otherwise |= set(model.graph.outputs)
+
+    def price(chosen: set[Unit]) -> float:
+        total = sum(prices[unit][unit in chosen] for unit in units)
+        for value in {*makers, *readers}:
+            on_integers = makers.get(value) in chosen
+            some = readers.get(value, set())
+            if not on_integers and some & chosen:
+                total += into
+            if on_integers and (some - chosen or value in read_otherwise):
+                total += out
+        return total
+
+    found = set(place(units, lambda value: (1, 8, 4, 4), lambda unit: prices[unit]))
+    best = min(price(set(some)) for n in range(len(units) + 1) for some in itertools.combinations(units, n))
+    assert price(found) == best
+
+
+def test_what_must_or_must_not_be_on_integers(parse: Parse) -> None:
+    units, _ = find_units(next(scopes(with_constants(parse(RESIDUAL)))))
+    first, last = units[0], units[-1]
+
+    def costs(unit: Unit) -> tuple[float, float]:
+        return (math.inf, 1e9) if unit is first else (1e9, math.inf) if unit is last else (1.0, 1.0)
+
+    found = place(units, lambda value: (1, 8, 4, 4), costs)
+    assert first in found
+    assert last not in found
+
+
+def test_a_unit_takes_in_bias_and_activation(parse: Parse) -> None:
+    model = parse(
+        """m (float[2,3,8] x, float[4,8] t) => (float[2,3,5] y, float[4,6] g, float[2,3,8] h)
+        <float[8,5] w, float[5] b, float[6,8] v, float[6] c> {
+            p = MatMul (x, w)
+            y = Add (p, b)
+            q = Gemm <transB = 1> (t, v, c)
+            g = Relu (q)
+            h = HardSigmoid (x)
+        }"""
+    )
+    units, left = find_units(next(scopes(with_constants(model))))
+    assert [[node.op_type for node in unit.nodes] for unit in units] == [
+        ["MatMul", "Add"],
+        ["Gemm", "Relu"],
+        ["HardSigmoid"],
+    ]
+    assert [unit.role for unit in units] == [Role.LAYER, Role.LAYER, Role.CLAMP]
+    assert [unit.needs_output for unit in units] == [False, True, True]
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("y = Gemm <alpha = 2.0> (x, w, b)", "no integer kernel"),
+        ("y = MatMul (w, x)", "first operand is constant"),
+        ("v = Exp (w) y = Gemm (x, v)", "computed at run time"),
+        ("y = ConvTranspose (i, k)", "no integer kernel"),
+    ],
+)
+def test_layers_that_are_no_units_say_why(body: str, reason: str, parse: Parse) -> None:
+    model = parse(
+        f"m (float[8,8] x, float[1,8,4,4] i) => (y) <float[8,8] w, float[8] b, float[8,8,1,1] k> {{ {body} }}"
+    )
+    _, (left,) = find_units(next(scopes(with_constants(model))))
+    assert reason in left.reason

@@ -1,0 +1,332 @@
+"""Static int8: which kernels ONNX Runtime makes of it, how near the outputs stay, and what is left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from penjing.ir.errors import BadFeeds, NeedsData, UsageError
+from penjing.ir.files import load
+from penjing.ir.verify import verify
+from penjing.passes.base import Context
+from penjing.passes.quantize.static import QuantizeStatic
+from penjing.runtime.kernels import kernels
+from penjing.runtime.session import OrtRunner
+
+Array = np.ndarray[Any, Any]
+Feeds = list[dict[str, Array]]
+MODELS = Path(__file__).parents[1] / "models"
+ANY = {"target": "any"}
+
+
+class Net:
+    """A model under construction: each call of ``op`` adds a node and returns its output."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def weight(self, *shape: int, scale: float | None = None) -> str:
+        fan = int(np.prod(shape[1:])) or 1
+        array = self.rng.standard_normal(shape) * (fan**-0.5 if scale is None else scale)
+        return self.constant(array.astype(np.float32))
+
+    def constant(self, array: Array) -> str:
+        name = f"w{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        name = output or f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=f"n{len(self.nodes)}", **attributes))
+        return name
+
+    def model(self, shape: list[Any], opset: int = 17, output: str | None = None) -> ir.Model:
+        last = output or self.nodes[-1].output[0]
+        graph = helper.make_graph(
+            self.nodes,
+            "net",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+            [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+            self.constants,
+        )
+        return ir.from_proto(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8),
+        )
+
+
+def feeds(*shape: int, count: int = 4) -> Feeds:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(count)]
+
+
+def convs(count: int = 3, channels: int = 16, activation: str = "Relu", opset: int = 17) -> ir.Model:
+    net = Net()
+    value = "x"
+    for _ in range(count):
+        value = net.op("Conv", value, net.weight(channels, channels, 3, 3), net.weight(channels, scale=1), pads=[1] * 4)
+        value = net.op(activation, value)
+    return net.model([1, channels, 12, 12], opset)
+
+
+def quantized(model: ir.Model, data: Feeds, **options: Any) -> tuple[ir.Model, Context]:
+    work, ctx = model.clone(), Context(runner=OrtRunner(), data=data, step="quantize-static")
+    QuantizeStatic(**options).run(work, ctx)
+    verify(work)
+    return work, ctx
+
+
+def sqnr(model: ir.Model, work: ir.Model, data: Feeds) -> float:
+    runner = OrtRunner()
+    pairs = list(zip(runner.run(model, data), runner.run(work, data), strict=True))
+    signal = sum(float((wanted[name] ** 2).sum()) for wanted, _ in pairs for name in wanted)
+    noise = sum(float(((wanted[name] - found[name]) ** 2).sum()) for wanted, found in pairs for name in wanted)
+    return 10 * float(np.log10(signal / noise))
+
+
+@pytest.mark.parametrize("opset", [9, 12, 13, 17, 21])
+def test_a_chain_of_convolutions_runs_on_integers(opset: int) -> None:
+    """Below opset 13 the model is raised first, for scales of channels."""
+    model, data = convs(opset=opset), feeds(1, 16, 12, 12)
+    work, ctx = quantized(model, data, **ANY)
+    found = kernels(work)
+    assert (found.fused, found.layers) == (3, 3)
+    assert found.integer["QLinearConv"] == 3
+    assert found.quantizers == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+    assert sqnr(model, work, data) > 30
+    assert work.opset_imports[""] == max(opset, 13)
+    assert any("raised" in change.what or "opset" in change.what for change in ctx.ledger.changes) == (opset < 13)
+
+
+@pytest.mark.parametrize("name", ["cnn-a", "cnn-a-legacy", "teacher", "mlp"])
+def test_each_layer_that_is_placed_on_integers_runs_there(name: str) -> None:
+    model = load(MODELS / f"{name}.onnx")
+    with np.load(MODELS / "mnist-validation.npz") as arrays:
+        images = next(arrays[key] for key in arrays.files if key != "labels")
+    data = [{model.graph.inputs[0].name or "": images[start : start + 8]} for start in range(0, 64, 8)]
+    work, ctx = quantized(model, data)
+    placed = sum(change.what.endswith("on integers") for change in ctx.ledger.changes)
+    assert kernels(work).fused == placed > 0
+    assert sqnr(model, work, data) > 28
+
+
+def test_hard_swish_is_a_table_and_a_product_of_integers() -> None:
+    """HardSigmoid is a change of scale that saturates: no float in between, and within the rounding of both steps."""
+    model, data = convs(activation="HardSwish"), feeds(1, 16, 12, 12)
+    work, _ = quantized(model, data, **ANY)
+    found = kernels(work)
+    assert (found.integer["QLinearConv"], found.integer["QLinearLeakyRelu"], found.integer["QLinearMul"]) == (3, 3, 3)
+    assert found.quantizers == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+    assert sqnr(model, work, data) > 30
+
+
+def test_a_matrix_product_with_bias_is_no_float_gemm() -> None:
+    net = Net()
+    value = "x"
+    for _ in range(2):
+        value = net.op("MatMul", value, net.weight(32, 32))
+        value = net.op("Add", value, net.weight(32, scale=1))
+        value = net.op("Tanh", value)
+    model, data = net.model([1, 6, 32]), feeds(1, 6, 32)
+    work, _ = quantized(model, data, **ANY)
+    found = kernels(work)
+    assert found.fused == found.layers == 2
+    assert sqnr(model, work, data) > 30
+
+
+def test_values_that_are_only_moved_share_one_scale() -> None:
+    net = Net()
+    value = net.op("Relu", net.op("Conv", "x", net.weight(16, 16, 1, 1)))
+    value = net.op("MaxPool", value, kernel_shape=[2, 2], strides=[2, 2])
+    value = net.op("Transpose", value, perm=[0, 1, 3, 2])
+    value = net.op("Conv", value, net.weight(16, 16, 1, 1))
+    model, data = net.model([1, 16, 8, 8]), feeds(1, 16, 8, 8)
+    work, _ = quantized(model, data, **ANY)
+    pairs = [node for node in work.graph if node.op_type == "QuantizeLinear"]
+    numbers = {node.inputs[0].name: (number(node.inputs[1]), number(node.inputs[2])) for node in pairs}
+    assert numbers["v1"] == numbers["v2"] == numbers["v3"]
+    assert len({id(value) for node in pairs for value in node.inputs[1:]}) == 2 * len(pairs)  # none of them is shared
+    assert kernels(work).quantizers == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+
+
+def number(value: ir.Value | None) -> float:
+    assert value is not None
+    assert value.const_value is not None
+    return float(value.const_value.numpy())
+
+
+def test_an_output_that_is_used_inside_too_stays_an_output() -> None:
+    net = Net()
+    inner = net.op("Conv", "x", net.weight(16, 16, 1, 1), output="inner")
+    net.op("Conv", net.op("Relu", inner), net.weight(16, 16, 1, 1))
+    model, data = net.model([1, 16, 8, 8], output="inner"), feeds(1, 16, 8, 8)
+    work, _ = quantized(model, data, **ANY)
+    assert [value.name for value in work.graph.outputs] == ["inner"]
+    assert sqnr(model, work, data) > 30
+
+
+def branches() -> ir.Model:
+    """x goes through a layer in either branch of an If; the second is taken by none of the feeds below."""
+    net, yes, no = Net(), Net(1), Net(2)
+    net.constants += [numpy_helper.from_array(np.float32(-1e9), "limit")]
+    outer = net.weight(16, 16)
+    yes.op("Relu", yes.op("MatMul", "x", outer, output="p"), output="a")
+    inner = helper.make_node(
+        "Constant", [], ["c"], value=numpy_helper.from_array(yes.rng.standard_normal((16, 16)).astype(np.float32), "c")
+    )
+    yes.nodes.append(inner)
+    yes.op("MatMul", "a", "c", output="y1")
+    no.op("MatMul", "x", outer, output="y2")
+    graphs = [
+        helper.make_graph(part.nodes, name, [], [helper.make_tensor_value_info(out, TensorProto.FLOAT, [4, 16])])
+        for part, name, out in ((yes, "yes", "y1"), (no, "no", "y2"))
+    ]
+    total = net.op("ReduceSum", "x", keepdims=0)
+    chosen = net.op("Greater", total, "limit")
+    net.op("If", chosen, then_branch=graphs[0], else_branch=graphs[1])
+    return net.model([4, 16])
+
+
+def test_bodies_are_quantized_with_ranges_of_their_own() -> None:
+    model, data = branches(), feeds(4, 16)
+    work, ctx = quantized(model, data, **ANY)
+    changed = [change.subject for change in ctx.ledger.changes if change.what.endswith("MatMul on integers")]
+    assert len(changed) == 2
+    assert all("/then/" in subject for subject in changed)
+    (skipped,) = [skip for skip in ctx.ledger.skips if "/else/" in skip.subject and "MatMul" not in skip.reason]
+    assert "no sample reaches" in skipped.reason
+    assert sqnr(model, work, data) > 30
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def test_powers_of_two_are_fixed_point() -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    work, _ = quantized(model, data, scale="power-of-two", **ANY)
+    scales = [
+        node.inputs[1].const_value.numpy()
+        for node in work.graph
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[1].const_value is not None
+    ]
+    assert scales
+    for scale in scales:
+        assert np.all(np.log2(scale) == np.rint(np.log2(scale)))
+    assert sqnr(model, work, data) > 25
+
+
+def test_seven_bits_of_weights_cannot_overflow_sixteen() -> None:
+    """VPMADDUBSW adds two products of u8 and s8 in 16 bits, saturating: emulated here on the model's own weights."""
+    model, data = convs(channels=32), feeds(1, 32, 12, 12)
+    worst = {}
+    for target in ("cpu-vnni", "cpu-avx2"):
+        work, _ = quantized(model, data, target=target)
+        weights = [
+            tensor.numpy().reshape(len(tensor.numpy()), -1).astype(np.int32)
+            for value in work.graph.initializers.values()
+            if (tensor := value.const_value) is not None and tensor.dtype is ir.DataType.INT8 and tensor.size > 64
+        ]
+        assert weights
+        worst[target] = max(
+            int((255 * np.maximum(w[:, ::2], 0) + 255 * np.maximum(w[:, 1::2], 0)).max()) for w in weights
+        )
+    assert worst["cpu-vnni"] > 2**15 - 1 >= worst["cpu-avx2"]
+
+
+@pytest.mark.parametrize("activations", ["s8", "u16", "s16"])
+def test_other_integers_of_activations(activations: str) -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    work, _ = quantized(model, data, activations=activations, **ANY)
+    kinds = {node.inputs[2].dtype for node in work.graph if node.op_type == "QuantizeLinear"}
+    assert kinds == {{"s8": ir.DataType.INT8, "u16": ir.DataType.UINT16, "s16": ir.DataType.INT16}[activations]}
+    assert sqnr(model, work, data) > 30
+
+
+def test_sixteen_bits_need_another_target() -> None:
+    with pytest.raises(UsageError, match="target=any"):
+        QuantizeStatic(activations="u16")
+
+
+def test_keep_and_only() -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    work, ctx = quantized(model, data, keep="node:n2", **ANY)
+    assert kernels(work).fused == 2
+    assert any(skip.subject == "n2" and skip.reason == "kept by request" for skip in ctx.ledger.skips)
+    work, _ = quantized(model, data, only="node:n2", **ANY)
+    assert kernels(work).fused == 1
+
+
+def test_ranges_from_a_file_need_no_data(tmp_path: Path) -> None:
+    model, data = convs(1), feeds(1, 16, 12, 12)
+    path = tmp_path / "ranges.json"
+    path.write_text('{"format": 1, "values": {"x": {"low": -4, "high": 4}, "v1": {"low": 0, "high": 6.375}}}')
+    work, ctx = model.clone(), Context(runner=OrtRunner())
+    QuantizeStatic(ranges=str(path), target="any").run(work, ctx)
+    scales = {node.inputs[0].name: number(node.inputs[1]) for node in work.graph if node.op_type == "QuantizeLinear"}
+    assert scales == {"x": np.float32(8 / 255), "v1_float": np.float32(6.375 / 255)}
+    assert kernels(work).fused == 1
+
+
+def test_the_same_bytes_twice() -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    first, second = (ir.to_proto(quantized(model, data)[0]).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_data() -> None:
+    with pytest.raises(NeedsData, match="quantize-static needs --data"):
+        QuantizeStatic().run(convs(), Context(runner=OrtRunner(), step="quantize-static"))
+
+
+def test_nan_in_the_data_names_value_and_sample() -> None:
+    data = feeds(1, 16, 12, 12)
+    data[2]["x"][0, 3, 4, 5] = np.nan
+    with pytest.raises(BadFeeds, match=r"x.*NaN|NaN.*x"):
+        quantized(convs(), data)
+
+
+@pytest.mark.parametrize("content", [0.0, 2.5])
+def test_one_sample_of_one_number(content: float) -> None:
+    model, data = convs(), [{"x": np.full((1, 16, 12, 12), content, np.float32)}]
+    work, _ = quantized(model, data, **ANY)
+    (found,), (wanted,) = OrtRunner().run(work, data), OrtRunner().run(model, data)
+    largest = np.abs(wanted["v5"]).max()
+    assert np.abs(found["v5"] - wanted["v5"]).max() <= 0.05 * largest
+
+
+def test_a_weight_with_one_huge_outlier_and_a_dead_channel() -> None:
+    net = Net()
+    array = net.rng.standard_normal((16, 16, 3, 3)).astype(np.float32)
+    array[3, 2, 1, 1] = 1e6
+    array[5] = 0
+    bias = np.linspace(-2, 2, 16).astype(np.float32)
+    net.op("Conv", "x", net.constant(array), net.constant(bias), pads=[1] * 4)
+    model, data = net.model([1, 16, 12, 12]), feeds(1, 16, 12, 12)
+    work, _ = quantized(model, data, calibrator="minmax", **ANY)
+    runner = OrtRunner()
+    for wanted, found in zip(runner.run(model, data), runner.run(work, data), strict=True):
+        step = np.ptp(wanted["v0"]) / 255
+        assert np.abs(found["v0"] - wanted["v0"]).max() <= 3 * step
+
+
+def test_no_float_weights_and_quantized_already() -> None:
+    net = Net()
+    net.op("Exp", "x")
+    work, ctx = quantized(net.model([1, 16]), feeds(1, 16))
+    assert [node.op_type for node in work.graph] == ["Exp"]
+    assert not [change for change in ctx.ledger.changes if "integers" in change.what]
+    model, data = convs(), feeds(1, 16, 12, 12)
+    once, _ = quantized(model, data, **ANY)
+    twice, ctx = quantized(once, data, **ANY)
+    assert kernels(twice).fused == 3
+    assert any("quantized already" in skip.reason for skip in ctx.ledger.skips)
