@@ -157,12 +157,14 @@ def open_session(
     threads: int = 1,
     prepack: bool | None = None,
     bounded: bool = False,
+    planned: bool = True,
 ) -> InferenceSession:
     """A session on the CPU that logs nothing.
 
     ``prepack=None`` packs the weights of a model up to ``LARGE`` bytes (and of any file given by its path), and maps
     those of a larger one without a copy. Packing changes the last bits of a MatMul: two sessions that are compared
-    need the same choice. ``bounded`` makes a run fail that wants more than ``TRIAL_BYTES`` for activations.
+    need the same choice. ``bounded`` makes a run fail that wants more than ``TRIAL_BYTES`` for activations. ``planned``
+    lets a run take its memory in one piece where one before had equal shapes; until then there is that of both.
 
     Raises ``DoesNotRun`` with ONNX Runtime's reason, ``UsageError`` for an unknown level.
     """
@@ -171,6 +173,7 @@ def open_session(
             raise DoesNotRun(reason)
         size = tensor_bytes(model)
         options = _options(level, threads, size <= LARGE if prepack is None else prepack, bounded)
+        options.enable_mem_pattern = planned
         return _open_model(model, size, options)
     return _open(os.fspath(model), _options(level, threads, prepack is not False, bounded))
 

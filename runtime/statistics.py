@@ -154,7 +154,7 @@ class _Sweep:
         ]
 
     def run(self, feeds: Feeds) -> None:
-        session = open_session(self.watched.model, threads=self.threads)
+        session = open_session(self.watched.model, threads=self.threads, planned=False)
         try:
             self._walk(session, feeds, self.batched is not None)
         except _Mixes:

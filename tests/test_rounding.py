@@ -221,6 +221,32 @@ def _store(model: ir.Model, bits: int) -> None:
         weight.replace(made.quantized(weight.array()))
 
 
+def test_blocks_with_scales_of_their_own() -> None:
+    model, inputs = layer("MatMul", [(20, 32), (32, 5)], 1), correlated(20, 32, 1)
+    model.opset_imports[""], model.ir_version = 21, 10
+    original, weight = model.clone(), weights(model)[0]
+    array = weight.array().reshape(4, 8, 5)
+    made = affine(array.min(axis=1), array.max(axis=1), Grid(ir.DataType.UINT8, 0, 7))
+    integers = Affine(made.scale[:, None], made.zero_point[:, None], made.grid).quantized(array)
+    parameters = [
+        ir.val(name, const_value=ir.tensor(content, name=name))
+        for name, content in (("scale", made.scale), ("zero", made.zero_point))
+    ]
+    for value in parameters:
+        model.graph.register_initializer(value)
+    node = ir.node("DequantizeLinear", [weight.value, *parameters], {"axis": 0, "block_size": 8}, name="decode")
+    model.graph[0].replace_input_with(1, node.outputs[0])
+    model.graph.insert_before(model.graph[0], node)
+    weight.replace(integers.reshape(32, 5))
+    ctx = run(model, [{"x": inputs}], original)
+    numbers = ctx.ledger.changes[0].numbers
+    assert numbers["sqnr_after"] > numbers["sqnr_before"] + 3
+    runs = (OrtRunner().run(one, [{"x": inputs}], level="off") for one in (original, model))
+    wanted, found = (next(iter(outputs))["y"].astype(np.float64) for outputs in runs)
+    expected = 10 * np.log10(np.square(wanted).sum() / np.square(wanted - found).sum())
+    assert numbers["sqnr_after"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_positions_are_chosen_sample_by_sample() -> None:
     x = random(6, 3, 10, 10)
     point = Gram("x", window=Window((3, 3), (1, 1), (1, 1), (0, 0, 0, 0)), positions=5)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from .insertion import Grids
 from .judge import Bars, Fidelity, Judge
 from .observe import observe
 from .plan import Plan, forget_shapes, known_shapes, prepare
+from .smooth import Smooth
 from .treatments import Choice, Treated, Treatment, layers, treat
 
 _TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
@@ -92,24 +93,26 @@ class Search:
         return plain if self._good(plain) and self._gains(plain) else None
 
     def _found(self) -> Candidate:
-        ctx = self.ctx
-        self.judge = Judge(self.original, ctx)
-        self.known = known_shapes(self.original)
-        self.model = self.original.clone()
-        self.model.meta.update(self.original.meta)
-        prepare(self.model, ctx)
-        self.observed = observe(Plan.of(self.model), ctx)
-        self.grids = Grids(U8, S8_7BIT if self.target == "cpu-avx2" else S8)
-        self.layers = layers(self.model)
+        self._prepare()
         kept = {address: Treatment.FLOAT for address, node in self.layers.items() if node in self.keep}
         best = self._calibrated(Choice(kept))
-        if self._good(best):
-            return best
-        for treatment in (Treatment.STORED, Treatment.HALF, Treatment.FLOAT):
-            best = self._lifted(best.choice, treatment)
-            if self._good(best):
-                return best
-        return best
+        if not self._good(best):
+            best = self._mended(best)
+        return best if self._good(best) else self._lifted(best.choice)
+
+    def _prepare(self) -> None:
+        self.known = known_shapes(self.original)
+        self.judge = Judge(self.original, self.ctx)
+        self.model = self.original.clone()
+        self.model.meta.update(self.original.meta)
+        self.preparation = self.ctx.for_step(self.ctx.step)
+        prepare(self.model, self.preparation)
+        self.grids = Grids(U8, S8_7BIT if self.target == "cpu-avx2" else S8)
+        self._observe()
+
+    def _observe(self) -> None:
+        self.observed = observe(Plan.of(self.model), self.ctx)
+        self.layers = layers(self.model)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -118,51 +121,79 @@ class Search:
         first = self._try(choice)
         found = [first]
         if first.treated.static and first.fidelity.distance(self.bars) > _COMFORT:
-            found += [self._try(Choice(choice.treatments, calibrator=method)) for method in get_args(Method)[1:]]
-        best = min(found, key=lambda one: one.fidelity.distance(self.bars))
+            found += [self._try(replace(choice, calibrator=method)) for method in get_args(Method)[1:]]
+        best = self._whole(min(found, key=self._distance))
         self.trail.append(f"calibrator {best.choice.calibrator}: {best.fidelity}")
-        return self._whole(best)
+        return best
 
-    def _lifted(self, choice: Choice, treatment: Treatment) -> Candidate:
-        """The fewest layers lifted to ``treatment``, worst first, for which the bounds hold; else all of them."""
-        order = self._by_harm(choice, treatment)
-        low, high = 1, len(order)
-        best = self._whole(self._try(self._lift(choice, order, high, treatment)))
-        if not self._good(best):
-            self.trail.append(f"all layers {treatment}: {best.fidelity}")
-            return best
+    def _mended(self, best: Candidate) -> Candidate:
+        """The same with outliers moved into weights, adaptive rounding and corrected biases, as far as these help."""
+        plain, observed = self.model, self.observed
+        smooth = self.model.clone()
+        own = self.ctx.for_step("smooth")
+        Smooth().run(smooth, own)
+        if own.ledger.changes:
+            self.model = smooth
+            self._observe()
+            found = self._whole(self._try(best.choice))
+            if self._distance(found) < self._distance(best):
+                self.preparation.ledger.changes += own.ledger.changes
+                self.trail.append(f"smooth: {found.fidelity}")
+                best = found
+            else:
+                self.model, self.observed, self.layers = plain, observed, layers(plain)
+        found = self._whole(self._try(replace(best.choice, mended=True)))
+        if self._distance(found) < self._distance(best):
+            self.trail.append(f"round-adaptively, correct-bias: {found.fidelity}")
+            return found
+        return best
+
+    def _lifted(self, choice: Choice) -> Candidate:
+        """The fewest layers lifted to float, worst first, for which the bounds hold; then as many of these as can be
+        are stored in 8 bits, and of the rest in 16."""
+        fast = [address for address in self.layers if choice.of(address) is Treatment.FAST]
+        order = self._by_harm(choice, fast)
+        best = self._fewest(order, lambda some: choice.lifted(some, Treatment.FLOAT))
+        for treatment in (Treatment.STORED, Treatment.HALF):
+            lifted = [address for address in fast if best.choice.of(address) is Treatment.FLOAT]
+            if not lifted or not self._good(best):
+                break
+            base = best.choice
+            order = self._by_harm(base.lifted(lifted, treatment), lifted)
+            low = base.lifted(lifted, treatment)
+            best = self._fewest(order, lambda some, low=low: low.lifted(some, Treatment.FLOAT))  # type: ignore[misc]
+        return best
+
+    def _fewest(self, order: Sequence[Sequence[str]], choose: Callable[[list[str]], Choice]) -> Candidate:
+        """The choice for the least number of groups, in order, for which the bounds hold; else for all of them."""
+        low, high = 0, len(order)
+        best: Candidate | None = None
         while low < high:
             middle = (low + high) // 2
-            found = self._whole(self._try(self._lift(choice, order, middle, treatment)))
+            found = self._whole(self._try(choose(_joined(order[:middle]))))
             if self._good(found):
                 best, high = found, middle
             else:
                 low = middle + 1
-        return best
+        return best if best is not None else self._whole(self._try(choose(_joined(order))))
 
-    def _by_harm(self, choice: Choice, treatment: Treatment) -> list[list[str]]:
-        """Groups of layers that are below ``treatment``, by the noise that each alone puts into the outputs."""
-        below = [address for address in self.layers if _LEVEL[choice.of(address)] < _LEVEL[treatment]]
-        size = math.ceil(len(below) / _GROUPS) or 1
-        groups = [below[start : start + size] for start in range(0, len(below), size)]
+    def _by_harm(self, choice: Choice, addresses: Sequence[str]) -> list[list[str]]:
+        """Groups of neighbouring layers, by the noise that each alone puts into the outputs, worst first."""
+        size = math.ceil(len(addresses) / _GROUPS) or 1
+        groups = [list(addresses[start : start + size]) for start in range(0, len(addresses), size)]
         harm = []
         for group in groups:
-            alone = Choice(
-                {address: choice.of(address) if address in group else Treatment.FLOAT for address in self.layers},
-                calibrator=choice.calibrator,
-            )
-            harm.append(self._try(alone, metric=False).fidelity.noise)
+            alone = {address: choice.of(address) if address in group else Treatment.FLOAT for address in self.layers}
+            harm.append(self._try(replace(choice, treatments=alone)).fidelity.noise)
         return [group for _, group in sorted(zip(harm, groups, strict=True), key=lambda pair: -pair[0])]
-
-    def _lift(self, choice: Choice, order: Sequence[Sequence[str]], count: int, treatment: Treatment) -> Choice:
-        return choice.lifted([address for group in order[:count] for address in group], treatment)
 
     # Trying -----------------------------------------------------------------------------------------------------------
 
-    def _try(self, choice: Choice, *, metric: bool = False) -> Candidate:
+    def _try(self, choice: Choice) -> Candidate:
+        """What a choice makes, compared on some of the feeds, without the metric."""
         treated = treat(self.model, choice, self.observed, self.grids, self.ctx.for_step(self.ctx.step))
         forget_shapes(treated.model, self.known)
-        return Candidate(choice, treated, self.judge.fidelity(treated.model, runs=_TRIED, metric=metric))
+        return Candidate(choice, treated, self.judge.fidelity(treated.model, runs=_TRIED, metric=False))
 
     def _whole(self, candidate: Candidate) -> Candidate:
         """The same, judged on all feeds and by the metric."""
@@ -174,25 +205,33 @@ class Search:
         return after < before or (after == before and bool(candidate.treated.static or candidate.treated.dynamic))
 
     def _good(self, candidate: Candidate) -> bool:
-        return candidate.fidelity.distance(self.bars) <= 1
+        return self._distance(candidate) <= 1
+
+    def _distance(self, candidate: Candidate) -> float:
+        return candidate.fidelity.distance(self.bars)
 
     # The ledger -------------------------------------------------------------------------------------------------------
 
     def tell(self, found: Candidate) -> None:
         """What became of each layer, and why."""
-        own = self.ctx.for_step(self.ctx.step)
+        own, ledger = self.ctx.for_step(self.ctx.step), self.ctx.ledger
         treat(self.model, found.choice, self.observed, self.grids, own)
-        for address, node in self.layers.items():
-            if address in found.treated.static:
-                self.ctx.change(address, f"{node.op_type} on integers, ranges from the data")
-        self.ctx.ledger.changes += own.ledger.changes
-        for address, treatment in found.choice.treatments.items():
-            self.ctx.skip(address, f"lifted to {treatment}: it costs the outputs most")
-        self.ctx.ledger.skips += own.ledger.skips
-        self.ctx.change("outputs", f"{found.fidelity}")
+        ledger.changes += self.preparation.ledger.changes
+        for address in found.treated.static:
+            self.ctx.change(address, f"{self.layers[address].op_type} on integers, its range from the data")
+        ledger.changes += own.ledger.changes
         for line in self.trail:
             self.ctx.change("search", line)
+        self.ctx.change("outputs", str(found.fidelity))
+        for address, treatment in found.choice.treatments.items():
+            reason = "kept by request" if self.layers[address] in self.keep else f"lifted to {treatment}, for its harm"
+            self.ctx.skip(address, reason)
+        told = {*found.treated.static, *found.treated.dynamic, *found.choice.treatments}
+        ledger.skips += [skip for skip in own.ledger.skips if skip.subject in self.layers and skip.subject not in told]
+
+
+def _joined(groups: Sequence[Sequence[str]]) -> list[str]:
+    return [address for group in groups for address in group]
 
 
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried
-_LEVEL = {treatment: level for level, treatment in enumerate(Treatment)}

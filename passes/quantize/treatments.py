@@ -15,14 +15,17 @@ from ...ir.edit import Names
 from ...ir.scopes import Scope, scopes
 from ..base import Context
 from ..selection import Selection
+from .bias import CorrectBias
 from .calibrators import Method
 from .costs import dynamic_cost, float_cost
 from .dynamic import QuantizeDynamic
 from .float16 import ToFloat16
 from .insertion import Grids, Inserter
 from .observe import Observed
+from .original import remember
 from .placement import Sizes, unit_costs
 from .plan import Plan, scales, sizes_of
+from .rounding import RoundAdaptively
 from .units import Role, Unit, is_layer
 from .weights import QuantizeWeights
 
@@ -47,6 +50,7 @@ class Choice:
     treatments: Mapping[str, Treatment] = field(default_factory=dict)
     default: Treatment = Treatment.FAST
     calibrator: Method = "minmax"
+    mended: bool = False  # rounded adaptively, biases corrected
 
     def of(self, address: str) -> Treatment:
         return self.treatments.get(address, self.default)
@@ -72,6 +76,8 @@ def layers(model: ir.Model) -> dict[str, ir.Node]:
 def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx: Context) -> Treated:
     """A copy of the prepared ``model`` in which each layer is treated as ``choice`` says; ``ctx`` takes the ledger."""
     work = model.clone()
+    work.meta.update(model.meta)
+    remember(work)
     plan, nodes = Plan.of(work), layers(work)
     sizes = sizes_of({value: size for value in plan.values if (size := observed.size(plan, value)) is not None})
     chosen = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
@@ -87,6 +93,9 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx
     if by[Treatment.HALF]:
         ToFloat16(only=_named(by[Treatment.HALF])).run(work, ctx)
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
+    if choice.mended:
+        for pass_ in (RoundAdaptively(), CorrectBias(sweeps=8)):
+            pass_.run(work, ctx)
     return Treated(work, static, dynamic)
 
 

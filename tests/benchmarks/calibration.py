@@ -85,15 +85,15 @@ def times(images: int) -> None:
 
 
 def memory() -> None:
-    """Each count in a process of its own, on images of 64 x 64 pixels: what a run before it kept would hide its own."""
-    print("Histograms of all activations, images of 64 from a folder of .npz")
+    """Each count in a process of its own, on images of 112 x 112 pixels: what a run before it kept would hide its own."""
+    print("Histograms of all activations, images of 112 from a folder of .npz")
     with tempfile.TemporaryDirectory() as scratch:
-        save(folded(64), f"{scratch}/model.onnx")
+        save(folded(112), f"{scratch}/model.onnx")
         peaks = []
         for samples in SAMPLES:
             folder = Path(scratch, str(samples))
             folder.mkdir()
-            for place, image in enumerate(_images(samples, 64)):
+            for place, image in enumerate(_images(samples, 112)):
                 np.savez(folder / f"{place:04}.npz", image=image[None])
             command = [sys.executable, __file__, "--peak", f"{scratch}/model.onnx", str(folder)]
             peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
@@ -104,7 +104,7 @@ def memory() -> None:
 def peak(model: str, folder: str) -> None:
     """Print the bytes that one calibration takes over those after all imports and loading."""
     loaded = load(model)
-    collect(loaded, [Range("logits")], [{"image": np.zeros((1, 3, 64, 64), np.float32)}])
+    collect(loaded, [Range("logits")], [{"image": np.zeros((1, 3, 112, 112), np.float32)}])
     feeds = read_feeds(folder, loaded)
     with MemoryMeter(interval=0.002) as meter:
         collect(loaded, points(loaded, Histogram), feeds)
