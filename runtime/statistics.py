@@ -6,6 +6,7 @@ leaves the batch open and treats each sample by itself - which is tried - sample
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -83,20 +84,27 @@ class _Root:
 
 @dataclass
 class _Run:
-    """Some samples that run together: the number of the first, and of how many; ``split`` where each is one row."""
+    """A feed, and the numbers of the samples that are its rows; of the run, where the feed is taken as it is."""
 
     feed: Feed
-    first: int
-    samples: int
+    numbers: list[int]
     split: bool
 
-    def rows(self) -> Iterator[_Run]:
-        if not self.split or self.samples == 1:
-            yield self
-            return
-        for row in range(self.samples):
-            feed = {name: array[row : row + 1] for name, array in self.feed.items()}
-            yield _Run(feed, self.first + row, 1, True)
+    @property
+    def samples(self) -> int:
+        return len(self.numbers)
+
+    def row(self, place: int) -> _Run:
+        if not self.split:
+            return self
+        feed = {name: array[place : place + 1] for name, array in self.feed.items()}
+        return _Run(feed, [self.numbers[place]], True)
+
+    def __str__(self) -> str:
+        if not self.split:
+            return f"run {self.numbers[0]} of the data"
+        least, most = min(self.numbers), max(self.numbers)
+        return f"sample {least}" if least == most else f"samples {least} to {most}"
 
 
 class _Mixes(Exception):
@@ -116,7 +124,6 @@ class _Sweep:
         self.watched.know_types([point.value for point in points])
         self.roots = self._roots(points)
         self.threads = threads
-        self.batch = BATCH
         self.batch_axes: dict[Point, set[int]] = {}
 
     def _roots(self, points: list[Point]) -> dict[Point, _Root]:
@@ -155,47 +162,47 @@ class _Sweep:
 
     def run(self, feeds: Feeds) -> None:
         session = open_session(self.watched.model, threads=self.threads, planned=False)
-        try:
-            self._walk(session, feeds, self.batched is not None)
-        except _Mixes:
-            for root in self.roots.values():
-                root.statistic = root.point.start()
-            self._walk(session, feeds, False)
+        if self.batched is not None:
+            try:
+                return self._run_batches(session, feeds)
+            except (_Mixes, DoesNotRun):  # a model may say that its batch is open, and hold a Reshape that is not
+                for root in self.roots.values():
+                    root.statistic = root.point.start()
+        return self._run_feeds(session, feeds)
 
-    def _walk(self, session: InferenceSession, feeds: Feeds, joined: bool) -> None:
-        runs, tried = 0, False
-        for run in self._runs(feeds, joined):
-            trial = run.samples > 1 and not tried
-            found = self._fetch(session, run, self.outputs if trial else [])
-            if trial:
-                self._try_batch(session, run, found)
-                tried = True
-            if joined:
-                size = sum(array.nbytes for array in found.values() if isinstance(array, np.ndarray)) // run.samples
-                self.batch = min(BATCH, max(1, FETCHED // max(size, 1)))
-            self._take(session, run, found)
-            runs += 1
-        if not runs:
+    def _run_feeds(self, session: InferenceSession, feeds: Feeds) -> None:
+        count = 0
+        for count, feed in enumerate(feeds, 1):
+            run = _Run(feed, [count - 1], False)
+            self._take(session, run, self._fetch(session, run))
+        if not count:
             raise BadFeeds("The data hold no samples; at least one is needed to see what values a model computes.")
 
-    def _runs(self, feeds: Feeds, joined: bool) -> Iterator[_Run]:
-        """Feeds as they are, or samples of equal shape together; the first by itself, to see how large its values are.
-
-        The batch may shrink on the way.
+    def _run_batches(self, session: InferenceSession, feeds: Feeds) -> None:
+        """Samples of equal shape together. The first is run by itself before: its values tell how many go together,
+        and its outputs, whether that changes anything.
         """
-        if not joined:
-            yield from (_Run(feed, number, 1, False) for number, feed in enumerate(feeds))
-            return
-        pending: list[Feed] = []
-        first = 0
-        for row in self._rows(feeds):
-            if pending and (not first or len(pending) >= self.batch or _shapes(row) != _shapes(pending[0])):
-                yield _joined(pending, first)
-                first += len(pending)
-                pending = []
-            pending.append(row)
-        if pending:
-            yield _joined(pending, first)
+        rows = self._rows(feeds)
+        first = _Run(next(rows, {}), [0], True)
+        if not first.feed:
+            raise _Mixes
+        alone = self._fetch(session, first, self.outputs)
+        size = sum(array.nbytes for array in alone.values() if isinstance(array, np.ndarray))
+        batches = _batches(itertools.chain([first.feed], rows), min(BATCH, max(1, FETCHED // max(size, 1))))
+        tried = False
+        for run in batches:
+            trial = run.samples > 1 and not tried
+            more = self.outputs if trial else ()
+            found = alone if run.numbers == [0] else self._fetch(session, run, more)
+            if trial:
+                middle = run.row(run.samples // 2)
+                single = alone if middle.numbers == [0] else self._fetch(session, middle, self.outputs)
+                self._compare(run, found, single)
+                tried = True
+                del single
+            alone = {}
+            self._take(session, run, found)
+            del found  # before the next run wants as much memory
 
     def _rows(self, feeds: Feeds) -> Iterator[Feed]:
         for feed in feeds:
@@ -205,24 +212,19 @@ class _Sweep:
             for row in range(sizes.pop()):
                 yield {name: array[row : row + 1] for name, array in feed.items()}
 
-    def _try_batch(self, session: InferenceSession, run: _Run, together: Mapping[str, Any]) -> None:
+    def _compare(self, run: _Run, together: Mapping[str, Any], single: Mapping[str, Any]) -> None:
         """Raise ``_Mixes`` unless the sample in the middle, which any way of mixing would reach, is as it is alone.
 
         From its shapes and those of the batch it follows which axes count samples.
         """
-        middle = run.samples // 2
-        alone = list(run.rows())[middle]
-        dims = [(root.point, root.view) for root in self.roots.values() if isinstance(root.view, Dims)]
-        names = [*self.outputs, *(view.names[0] for _, view in dims)]
-        single = run_feed(session, alone.feed, names, place=_place(alone))
         for name in self.outputs:
-            if not _is_row(together[name], single[name], middle, run.samples):
+            if not _is_row(together[name], single[name], run.samples // 2, run.samples):
                 raise _Mixes
-        for point, view in dims:
-            pairs = zip(view.read(together) or (), view.read(single) or (), strict=False)
-            self.batch_axes[point] = {
-                axis for axis, (many, one) in enumerate(pairs) if many == run.samples * one != one
-            }
+        for root in self.roots.values():
+            if isinstance(root.view, Dims):
+                pairs = zip(root.view.read(together) or (), root.view.read(single) or (), strict=False)
+                axes = {axis for axis, (many, one) in enumerate(pairs) if many == run.samples * one != one}
+                self.batch_axes[root.point] = axes
 
     def _fetch(self, session: InferenceSession, run: _Run, more: Iterable[str] = ()) -> dict[str, Any]:
         """What the points still want of one run, and ``more``."""
@@ -231,7 +233,7 @@ class _Sweep:
 
     def _values(self, session: InferenceSession, run: _Run, names: Iterable[str]) -> dict[str, Any]:
         fetched = [name for name in names if name not in self.inputs]
-        found = run_feed(session, run.feed, fetched, place=_place(run)) if fetched else {}
+        found = run_feed(session, run.feed, fetched, place=str(run)) if fetched else {}
         return found | {name: np.asarray(run.feed[name]) for name in names if name in run.feed}
 
     def _take(self, session: InferenceSession, run: _Run, found: Mapping[str, Any]) -> None:
@@ -264,14 +266,15 @@ class _Sweep:
                     extremes(array)
                 statistic.update(array)
 
-    def _culprit(self, session: InferenceSession, run: _Run, root: _Root) -> str:
-        """The sample that holds what is not finite, by itself."""
-        for one in run.rows():
+    def _culprit(self, session: InferenceSession, run: _Run, root: _Root) -> _Run:
+        """The first sample that holds what is not finite, by itself."""
+        for place in np.argsort(run.numbers):
+            one = run.row(int(place))
             try:
                 self._update(root, one, self._values(session, one, root.view.names), root.point.start())
             except Unfit:
-                return _place(one)
-        return _place(run)
+                return one
+        return run
 
     def answers(self, points: list[Point]) -> dict[Point, Any]:
         """In the order of ``points``. Raises ``Unanswered``."""
@@ -310,9 +313,25 @@ def _batched_inputs(model: ir.Model) -> set[str] | None:
     return {one.name for one in inputs}
 
 
-def _joined(rows: list[Feed], first: int) -> _Run:
-    feed = rows[0] if len(rows) == 1 else {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    return _Run(feed, first, len(rows), True)
+def _batches(rows: Iterable[Feed], size: int) -> Iterator[_Run]:
+    """Neighbours of equal shape, at most ``size`` together; in the first batch sample 0 stands in the middle."""
+    pending: list[Feed] = []
+    numbers = itertools.count()
+    for row in rows:
+        if pending and (len(pending) >= size or _shapes(row) != _shapes(pending[0])):
+            yield _joined(pending, numbers)
+            pending = []
+        pending.append(row)
+    if pending:
+        yield _joined(pending, numbers)
+
+
+def _joined(rows: list[Feed], numbers: Iterator[int]) -> _Run:
+    taken = list(itertools.islice(numbers, len(rows)))
+    if taken[0] == 0:
+        turn = (len(rows) + 1) // 2
+        rows, taken = rows[turn:] + rows[:turn], taken[turn:] + taken[:turn]
+    return _Run({name: np.concatenate([row[name] for row in rows]) for name in rows[0]}, taken, True)
 
 
 def _shapes(feed: Feed) -> list[tuple[int, ...]]:
@@ -338,9 +357,3 @@ def _is_row(together: Any, single: Any, row: int, samples: int) -> bool:
 
 def _sentence(address: str, clause: str) -> str:
     return f"The value '{printable(address)}' {clause}."
-
-
-def _place(run: _Run) -> str:
-    if not run.split:
-        return f"run {run.first} of the data"
-    return f"sample {run.first}" if run.samples == 1 else f"samples {run.first} to {run.first + run.samples - 1}"

@@ -38,6 +38,8 @@ class Extremes:
 
     def read(self, found: Mapping[str, Any]) -> tuple[float, float, int]:
         """``low``, ``high`` and the number of elements. Raises ``NotFinite``."""
+        if any(found[name] is None for name in self.names):
+            return np.inf, -np.inf, 0
         low, high, total, size = (found[name].item() for name in self.names)
         if np.isnan(total):  # one of finite floats may at most overflow
             raise NotFinite("holds NaN")
@@ -55,6 +57,8 @@ class Dims:
 
     def read(self, found: Mapping[str, Any]) -> tuple[int, ...] | None:
         """The shape, or None where the value did not come about."""
+        if found[self.names[0]] is None:  # ONNX Runtime gives nothing for some outputs of branches in branches
+            return None
         there, *sizes = found[self.names[0]].tolist()
         return tuple(sizes) if there > 0 else None
 
@@ -69,9 +73,9 @@ class Whole:
     def read(self, found: Mapping[str, Any]) -> list[Array]:
         """The array of each time that it came about."""
         array = found[self.names[0]]
-        if not isinstance(array, np.ndarray):
+        if array is not None and not isinstance(array, np.ndarray):
             raise Unfit("is no tensor")
-        if array.size == 0:
+        if array is None or array.size == 0:
             return []
         return list(array.reshape(-1, *array.shape[self.loops :])) if self.loops else [array]
 
@@ -163,7 +167,8 @@ class Watched:
             raise Unfit("is in a body, and of a type that is not known")
         found = self._node(graph, "Identity", [value], value.dtype)
         found.shape = value.shape
-        out, loops = self._brought_out(found, graph, np.zeros(0, value.dtype.numpy()), None)
+        rank = 0 if value.shape is None else len(value.shape)
+        out, loops = self._brought_out(found, graph, np.zeros((0,) * max(rank, 1), value.dtype.numpy()), None)
         return Whole((self._output(out),), loops)
 
     def in_loop(self, address: str) -> bool:
@@ -217,7 +222,8 @@ class Watched:
     def _new_output(self, node: ir.Node, value: ir.Value) -> ir.Value:
         node.resize_outputs(len(node.outputs) + 1)
         out = node.outputs[-1]
-        out.name, out.type, out.shape = self._names.fresh("watched"), value.type, value.shape
+        out.name, out.type = self._names.fresh("watched"), value.type
+        out.shape = None if node.op_type == "If" else value.shape  # the branches differ
         for name in ("scan_output_axes", "scan_output_directions"):
             if (attribute := node.attributes.get(name)) is not None:
                 node.attributes[name] = ir.AttrInt64s(name, [*attribute.as_ints(), 0])

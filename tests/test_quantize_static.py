@@ -264,7 +264,7 @@ def test_keep_and_only() -> None:
 
 
 def test_ranges_from_a_file_need_no_data(tmp_path: Path) -> None:
-    model, data = convs(1), feeds(1, 16, 12, 12)
+    model = convs(1)
     path = tmp_path / "ranges.json"
     path.write_text('{"format": 1, "values": {"x": {"low": -4, "high": 4}, "v1": {"low": 0, "high": 6.375}}}')
     work, ctx = model.clone(), Context(runner=OrtRunner())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ from ...ir.affine import S8, S8_7BIT, U8
 from ...ir.edit import become
 from ...ir.errors import UsageError
 from ...ir.files import saved_bytes
+from ...ir.scopes import scopes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from .calibrators import Method
 from .insertion import Grids
@@ -21,6 +22,7 @@ from .observe import observe
 from .plan import Plan, forget_shapes, known_shapes, prepare
 from .smooth import Smooth
 from .treatments import Choice, Treated, Treatment, layers, treat
+from .units import Role
 
 _TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
 _GROUPS = 48  # of neighbouring layers whose effects are measured apart
@@ -98,7 +100,7 @@ class Search:
         best = self._calibrated(Choice(kept))
         if not self._good(best):
             best = self._mended(best)
-        return best if self._good(best) else self._lifted(best.choice)
+        return best if self._good(best) else self._lifted(best)
 
     def _prepare(self) -> None:
         self.known = known_shapes(self.original)
@@ -148,43 +150,65 @@ class Search:
             return found
         return best
 
-    def _lifted(self, choice: Choice) -> Candidate:
-        """The fewest layers lifted to float, worst first, for which the bounds hold; then as many of these as can be
-        are stored in 8 bits, and of the rest in 16."""
-        fast = [address for address in self.layers if choice.of(address) is Treatment.FAST]
-        order = self._by_harm(choice, fast)
-        best = self._fewest(order, lambda some: choice.lifted(some, Treatment.FLOAT))
+    def _lifted(self, start: Candidate) -> Candidate:
+        """The least harmful units lifted to float for which the bounds hold; then as many of these layers as can be are
+        stored in 8 bits, and of the rest in 16; then what is still on integers is mended, if that helps."""
+        choice = replace(start.choice, mended=False)
+        units = [address for address in self._order() if choice.of(address) is Treatment.FAST]
+        best = self._fewest(choice, units)
         for treatment in (Treatment.STORED, Treatment.HALF):
-            lifted = [address for address in fast if best.choice.of(address) is Treatment.FLOAT]
-            if not lifted or not self._good(best):
-                break
-            base = best.choice
-            order = self._by_harm(base.lifted(lifted, treatment), lifted)
-            low = base.lifted(lifted, treatment)
-            best = self._fewest(order, lambda some, low=low: low.lifted(some, Treatment.FLOAT))  # type: ignore[misc]
+            lifted = [address for address in self.layers if best.choice.treatments.get(address) is Treatment.FLOAT]
+            lifted = [address for address in lifted if self.layers[address] not in self.keep]
+            if lifted and self._good(best):
+                low = best.choice.lifted(lifted, treatment)
+                found = self._whole(self._try(low))
+                best = found if self._good(found) else self._fewest(low, lifted)
+        if start.choice.mended and self._distance(best) > _COMFORT:
+            found = self._whole(self._try(replace(best.choice, mended=True)))
+            best = found if self._distance(found) < self._distance(best) else best
         return best
 
-    def _fewest(self, order: Sequence[Sequence[str]], choose: Callable[[list[str]], Choice]) -> Candidate:
-        """The choice for the least number of groups, in order, for which the bounds hold; else for all of them."""
-        low, high = 0, len(order)
-        best: Candidate | None = None
-        while low < high:
+    def _order(self) -> list[str]:
+        """Every unit and layer, as they come in the graph, so that neighbours are lifted together."""
+        units = {unit.address for _, members in Plan.of(self.model).units for unit in members}
+        return [
+            address
+            for scope in scopes(self.model)
+            for node in scope.graph
+            if (address := scope.address(node)) in units or address in self.layers
+        ]
+
+    def _fewest(self, choice: Choice, addresses: Sequence[str]) -> Candidate:
+        """The least number of groups of ``addresses`` lifted to float, worst first, for which the bounds hold."""
+        order = self._by_harm(choice, addresses)
+        low, high = 1, len(order)
+        best = self._whole(self._try(choice.lifted(addresses, Treatment.FLOAT)))
+        while low < high and self._good(best):
             middle = (low + high) // 2
-            found = self._whole(self._try(choose(_joined(order[:middle]))))
+            some = [address for group in order[:middle] for address in group]
+            found = self._whole(self._try(choice.lifted(some, Treatment.FLOAT)))
             if self._good(found):
                 best, high = found, middle
             else:
                 low = middle + 1
-        return best if best is not None else self._whole(self._try(choose(_joined(order))))
+        return best
 
     def _by_harm(self, choice: Choice, addresses: Sequence[str]) -> list[list[str]]:
-        """Groups of neighbouring layers, by the noise that each alone puts into the outputs, worst first."""
+        """Groups of neighbours by what the noise of the outputs loses when they are lifted, worst first.
+
+        Noise of many small sources adds up, so that is what a group puts in. Where there is more noise than signal it
+        does not: there a group is measured with all others in float.
+        """
         size = math.ceil(len(addresses) / _GROUPS) or 1
         groups = [list(addresses[start : start + size]) for start in range(0, len(addresses), size)]
+        all_noise = self._try(choice).fidelity.noise
         harm = []
         for group in groups:
-            alone = {address: choice.of(address) if address in group else Treatment.FLOAT for address in self.layers}
-            harm.append(self._try(replace(choice, treatments=alone)).fidelity.noise)
+            if all_noise < _WRECKED:
+                harm.append(all_noise - self._try(choice.lifted(group, Treatment.FLOAT)).fidelity.noise)
+            else:
+                others = [address for address in addresses if address not in group]
+                harm.append(self._try(choice.lifted(others, Treatment.FLOAT)).fidelity.noise)
         return [group for _, group in sorted(zip(harm, groups, strict=True), key=lambda pair: -pair[0])]
 
     # Trying -----------------------------------------------------------------------------------------------------------
@@ -217,21 +241,22 @@ class Search:
         own, ledger = self.ctx.for_step(self.ctx.step), self.ctx.ledger
         treat(self.model, found.choice, self.observed, self.grids, own)
         ledger.changes += self.preparation.ledger.changes
-        for address in found.treated.static:
-            self.ctx.change(address, f"{self.layers[address].op_type} on integers, its range from the data")
+        for address, role in found.treated.static.items():
+            if role is Role.LAYER:
+                self.ctx.change(address, f"{self.layers[address].op_type} on integers, its range from the data")
+        if others := sum(role is not Role.LAYER for role in found.treated.static.values()):
+            self.ctx.change("neighbours", f"{others} operators on integers between them")
         ledger.changes += own.ledger.changes
         for line in self.trail:
             self.ctx.change("search", line)
         self.ctx.change("outputs", str(found.fidelity))
         for address, treatment in found.choice.treatments.items():
-            reason = "kept by request" if self.layers[address] in self.keep else f"lifted to {treatment}, for its harm"
+            kept = address in self.layers and self.layers[address] in self.keep
+            reason = "kept by request" if kept else f"lifted to {treatment}, for its harm"
             self.ctx.skip(address, reason)
         told = {*found.treated.static, *found.treated.dynamic, *found.choice.treatments}
         ledger.skips += [skip for skip in own.ledger.skips if skip.subject in self.layers and skip.subject not in told]
 
 
-def _joined(groups: Sequence[Sequence[str]]) -> list[str]:
-    return [address for group in groups for address in group]
-
-
+_WRECKED = 0.5  # noise over signal
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried

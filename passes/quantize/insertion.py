@@ -72,15 +72,12 @@ class Inserter:
         """Keep in float what is to stay there, and take out the constants that nothing reads any more."""
         for scope in scopes(self.model):
             for node in scope.graph:
-                if _would_be_quantized(node):
+                if _would_be_quantized(node) or _would_pool_integers(node):
                     self._guard(node)
         discard(self._freed)
 
     def _guard(self, node: ir.Node) -> None:
-        """ONNX Runtime puts a float layer between integers on integers itself, with the float weight rounded unasked.
-
-        It does not see through a Max, which of one operand is the identity and a copy at most.
-        """
+        """Put what ONNX Runtime does not move a scale over before ``node``: a Max, which of one operand is a copy."""
         guard = ir.node("Max", [node.inputs[0]], name=self.names.fresh(f"{node.name}_guard"))
         guard.outputs[0].name, guard.outputs[0].type = self.names.fresh(f"{node.name}_float"), ir.TensorType(_FLOAT)
         assert node.inputs[0] is not None
@@ -110,6 +107,8 @@ class Inserter:
         _register(scope.graph, constants)
         first = next(node for node in scope.graph if any(node is reader for reader, _ in ports))
         insert_before(first, nodes, self.names)
+        if _made_by(value) == "MaxPool":  # else ONNX Runtime would pool integers, with a kernel that is far slower
+            self._guard(nodes[0])
         for node, port in ports:
             node.replace_input_with(port, nodes[1].outputs[0])
 
@@ -258,7 +257,7 @@ class Inserter:
 
 
 def _would_be_quantized(node: ir.Node) -> bool:
-    """Whether ONNX Runtime takes a float layer for one whose weight somebody forgot to quantize."""
+    """Whether ONNX Runtime takes a float layer between integers for one whose weight somebody forgot to quantize."""
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or _made_by(node.inputs[0]) != "DequantizeLinear":
         return False
     if _made_by(node.inputs[1]) == "DequantizeLinear":
@@ -267,6 +266,14 @@ def _would_be_quantized(node: ir.Node) -> bool:
     if reader is not None and reader.op_type in ("Relu", "Clip"):
         reader = _only_reader(reader.outputs[0])
     return reader is not None and reader.op_type == "QuantizeLinear"
+
+
+def _would_pool_integers(node: ir.Node) -> bool:
+    """Whether ONNX Runtime moves the DequantizeLinear before a float MaxPool behind it."""
+    if node.op_type != "MaxPool" or _made_by(node.inputs[0]) != "DequantizeLinear":
+        return False
+    reader = _only_reader(node.outputs[0])
+    return reader is None or reader.op_type != "QuantizeLinear"
 
 
 def _made_by(value: ir.Value | None) -> str:

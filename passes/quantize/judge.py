@@ -161,24 +161,29 @@ class _Lazy:
 
 
 class _Sums:
-    """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same."""
+    """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same.
+
+    Some outputs hold quantities of unlike scale side by side, the boxes and scores of a detector say, and in one ratio
+    the noise of the small ones would not show. So signal and noise are kept by channel too.
+    """
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
         self.rows = self.same = 0
         self.is_float = False
+        self.channels: dict[int, tuple[Array, Array, Array]] = {}  # by axis: signal, noise, greatest magnitude
 
     @property
     def sqnr(self) -> float:
-        if self.noise == 0:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        """In dB; where channels fall into two classes of scale, that of the worse class."""
+        return min([_ratio(self.signal, self.noise), *(_worse_class(*sums) for sums in self.channels.values())])
 
     @property
     def agreement(self) -> float:
         return self.same / self.rows
 
     def add(self, wanted: Any, found: Any) -> None:
+        """Take in what the float model gave and what the other did."""
         if isinstance(wanted, np.ndarray) and isinstance(found, np.ndarray):
             self._array(wanted, found)
         elif isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str):
@@ -199,18 +204,61 @@ class _Sums:
         self.is_float = True
         signal = wanted.astype(np.float64)
         finite = np.isfinite(signal)
-        energy = float(np.square(signal[finite]).sum())
-        self.signal += energy
+        power = np.where(finite, np.square(np.where(finite, signal, 0)), 0)
+        self.signal += float(power.sum())
         if wanted.shape != found.shape:
-            self.noise += energy or 1.0
+            self.noise += float(power.sum()) or 1.0
             return
         other = found.astype(np.float64)
-        error = other[finite] - signal[finite]
-        lost = not np.isfinite(error).all() or not np.array_equal(signal[~finite], other[~finite], equal_nan=True)
-        self.noise += math.inf if lost else float(np.square(error).sum())
-        if signal.ndim == 2 and signal.shape[1] > 1 and not lost:
+        lost = not np.isfinite(other[finite]).all() or not np.array_equal(
+            signal[~finite], other[~finite], equal_nan=True
+        )
+        if lost:
+            self.noise = math.inf
+            return
+        noise = np.where(finite, np.square(np.where(finite, other - signal, 0)), 0)
+        self.noise += float(noise.sum())
+        self._by_channel(power, noise)
+        if signal.ndim == 2 and signal.shape[1] > 1:
             self.rows += len(signal)
             self.same += int((signal.argmax(1) == other.argmax(1)).sum())
+
+    def _by_channel(self, power: Array, noise: Array) -> None:
+        for axis in range(1, power.ndim) if power.ndim > 2 else ():
+            if not 1 < power.shape[axis] <= _MOST_CHANNELS:
+                continue
+            others = tuple(other for other in range(power.ndim) if other != axis)
+            sums = power.sum(others), noise.sum(others), np.sqrt(power.max(others, initial=0))
+            known = self.channels.get(axis)
+            if known is None or known[0].shape != sums[0].shape:
+                self.channels[axis] = sums
+            else:
+                self.channels[axis] = known[0] + sums[0], known[1] + sums[1], np.maximum(known[2], sums[2])
+
+
+_MOST_CHANNELS = 256
+_APART = 8.0  # the ratio of magnitudes of neighbours in order from which there are two classes of scale
+
+
+def _worse_class(signal: Array, noise: Array, greatest: Array) -> float:
+    """The SQNR of the worse of two classes of channels, where there are two: one is past 2, so that it holds no
+    probabilities, and all of it is ``_APART`` times the greatest of the other."""
+    order = np.argsort(-greatest, kind="stable")
+    ranked = greatest[order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gaps = ranked[:-1] / ranked[1:]
+    gaps[~np.isfinite(gaps)] = 0
+    place = int(np.argmax(gaps)) + 1
+    if gaps[place - 1] < _APART or ranked[place - 1] < 2:
+        return math.inf
+    return min(_ratio(signal[part].sum(), noise[part].sum()) for part in (order[:place], order[place:]))
+
+
+def _ratio(signal: float, noise: float) -> float:
+    """In dB."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
 
 
 def _spread(feeds: Iterable[Mapping[str, Array]], most: int) -> list[Mapping[str, Array]]:

@@ -48,7 +48,17 @@ def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[floa
 def unit_costs(unit: Unit, dims: Sizes) -> tuple[float, float]:
     """Nanoseconds of the unit in float, and on integers."""
     in_float = sum(float_cost(node, dims) for node in unit.nodes)
+    if unit.node.op_type == "MaxPool" and _behind_conv(unit.sources[0]):
+        return in_float, in_float  # channels-last it is as fast; elsewhere its integer kernel is many times slower
     return in_float, integer_cost(_lookup(unit, dims) if unit.role is Role.CLAMP else unit.node, dims)
+
+
+def _behind_conv(value: ir.Value) -> bool:
+    """Whether a convolution makes ``value``, an activation function included."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Relu", "Clip", "MaxPool"):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return node is not None and node.op_type == "Conv"
 
 
 def _lookup(unit: Unit, dims: Sizes) -> ir.Node:

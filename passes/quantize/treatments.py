@@ -61,10 +61,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Treated:
-    """A model with the layers on integers, by address: those with ranges from data, and those that take them anew."""
+    """A model with what of it is on integers, by address: ``static`` units with ranges from the data, each with its
+    role, and ``dynamic`` layers that take them anew in each run."""
 
     model: ir.Model
-    static: list[str]
+    static: dict[str, Role]
     dynamic: list[str]
 
 
@@ -81,7 +82,7 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx
     plan, nodes = Plan.of(work), layers(work)
     sizes = sizes_of({value: size for value in plan.values if (size := observed.size(plan, value)) is not None})
     chosen = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
-    static = [unit.address for _, units in chosen for unit in units if unit.role is Role.LAYER]
+    static = {unit.address: unit.role for _, units in chosen for unit in units}
     dynamic = [
         address for address, node in nodes.items() if address not in static and _gains(choice.of(address), node, sizes)
     ]
@@ -103,12 +104,10 @@ def costs(unit: Unit, choice: Choice, plan: Plan, observed: Observed, sizes: Siz
     """Nanoseconds of a unit off and on integers, infinite where it must not be so treated."""
     in_float, on_integers = unit_costs(unit, sizes)
     known = all(plan.addresses[value] in observed.distributions for value in (*unit.sources, *unit.outputs))
-    if unit.role is Role.LAYER:
-        treatment = choice.of(unit.address)
-        if treatment is Treatment.FAST:
-            in_float = min(in_float, dynamic_cost(unit.node, sizes))
-        known &= treatment is Treatment.FAST
-    return in_float, on_integers if known else math.inf
+    fast = choice.of(unit.address) is Treatment.FAST
+    if fast and unit.role is Role.LAYER:
+        in_float = min(in_float, dynamic_cost(unit.node, sizes))
+    return in_float, on_integers if known and fast else math.inf
 
 
 def write(

@@ -10,6 +10,7 @@ does. Times are medians of rounds that run everything in turn.
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,10 @@ def times(images: int) -> None:
 
 
 def memory() -> None:
-    """Each count in a process of its own, on images of 112 x 112 pixels: what a run before it kept would hide its own."""
+    """Each count in a process of its own, for what a run before it kept would hide its own.
+
+    Most of it is what opening a session leaves behind, and differs from process to process by some 10 %.
+    """
     print("Histograms of all activations, images of 112 from a folder of .npz")
     with tempfile.TemporaryDirectory() as scratch:
         save(folded(112), f"{scratch}/model.onnx")
@@ -106,6 +110,7 @@ def peak(model: str, folder: str) -> None:
     loaded = load(model)
     collect(loaded, [Range("logits")], [{"image": np.zeros((1, 3, 112, 112), np.float32)}])
     feeds = read_feeds(folder, loaded)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed on the way here would hide as much
     with MemoryMeter(interval=0.002) as meter:
         collect(loaded, points(loaded, Histogram), feeds)
     print(meter.peak_bytes)
