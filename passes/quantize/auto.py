@@ -19,8 +19,9 @@ from .calibrators import Method
 from .insertion import Grids
 from .judge import Bars, Fidelity, Judge
 from .observe import observe
-from .plan import Plan, forget_shapes, known_shapes, prepare
+from .plan import Plan, forget_shapes, known_shapes, prepare, sizes_of
 from .smooth import Smooth
+from .static import slower
 from .treatments import Choice, Treated, Treatment, layers, treat
 from .units import Role
 
@@ -153,9 +154,12 @@ class Search:
     def _lifted(self, start: Candidate) -> Candidate:
         """The least harmful units lifted to float for which the bounds hold; then as many of these layers as can be are
         stored in 8 bits, and of the rest in 16; then what is still on integers is mended, if that helps."""
-        choice = replace(start.choice, mended=False)
-        units = [address for address in self._order() if choice.of(address) is Treatment.FAST]
-        best = self._fewest(choice, units)
+        units = [address for address in self._order() if start.choice.of(address) is Treatment.FAST]
+        methods = dict.fromkeys(
+            (start.choice.calibrator, get_args(Method)[0])
+        )  # what clips may do without, once lifted
+        ways = [self._fewest(replace(start.choice, calibrator=method, mended=False), units) for method in methods]
+        best = min(ways, key=lambda one: (not self._good(one), one.treated.cost))
         for treatment in (Treatment.STORED, Treatment.HALF):
             lifted = [address for address in self.layers if best.choice.treatments.get(address) is Treatment.FLOAT]
             lifted = [address for address in lifted if self.layers[address] not in self.keep]
@@ -194,22 +198,23 @@ class Search:
         return best
 
     def _by_harm(self, choice: Choice, addresses: Sequence[str]) -> list[list[str]]:
-        """Groups of neighbours by what the noise of the outputs loses when they are lifted, worst first.
+        """Groups of neighbours by the noise that the outputs lose for the time that it costs to lift them.
 
         Noise of many small sources adds up, so that is what a group puts in. Where there is more noise than signal it
         does not: there a group is measured with all others in float.
         """
         size = math.ceil(len(addresses) / _GROUPS) or 1
         groups = [list(addresses[start : start + size]) for start in range(0, len(addresses), size)]
-        all_noise = self._try(choice).fidelity.noise
-        harm = []
+        base = self._try(choice)
+        worth = []
         for group in groups:
-            if all_noise < _WRECKED:
-                harm.append(all_noise - self._try(choice.lifted(group, Treatment.FLOAT)).fidelity.noise)
-            else:
+            lifted = self._try(choice.lifted(group, Treatment.FLOAT))
+            harm = base.fidelity.noise - lifted.fidelity.noise
+            if base.fidelity.noise > _WRECKED:
                 others = [address for address in addresses if address not in group]
-                harm.append(self._try(choice.lifted(others, Treatment.FLOAT)).fidelity.noise)
-        return [group for _, group in sorted(zip(harm, groups, strict=True), key=lambda pair: -pair[0])]
+                harm = self._try(choice.lifted(others, Treatment.FLOAT)).fidelity.noise
+            worth.append(harm / max(lifted.treated.cost - base.treated.cost, _CHEAP * base.treated.cost, 1.0))
+        return [group for _, group in sorted(zip(worth, groups, strict=True), key=lambda pair: -pair[0])]
 
     # Trying -----------------------------------------------------------------------------------------------------------
 
@@ -255,8 +260,22 @@ class Search:
             reason = "kept by request" if kept else f"lifted to {treatment}, for its harm"
             self.ctx.skip(address, reason)
         told = {*found.treated.static, *found.treated.dynamic, *found.choice.treatments}
-        ledger.skips += [skip for skip in own.ledger.skips if skip.subject in self.layers and skip.subject not in told]
+        for address, reason in self._reasons().items():
+            if address not in told:
+                self.ctx.skip(address, reason)
+
+    def _reasons(self) -> dict[str, str]:
+        """Why each layer would be in float, if nothing else is said of it."""
+        plan = Plan.of(self.model)
+        sizes = sizes_of(plan.known(self.observed.sizes))
+        reasons = {left.address: left.reason for left in plan.left}
+        for unit in (unit for _, units in plan.units for unit in units if unit.role is Role.LAYER):
+            unknown = (plan.addresses[value] for value in (*unit.sources, *unit.outputs))
+            missing = next((self.observed.reasons[one] for one in unknown if one in self.observed.reasons), "")
+            reasons[unit.address] = missing or slower(unit, sizes)
+        return {address: reasons[address] for address in self.layers if address in reasons}
 
 
 _WRECKED = 0.5  # noise over signal
+_CHEAP = 0.005  # of the predicted time: what costs less counts as much
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried

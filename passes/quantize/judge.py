@@ -27,19 +27,22 @@ class Bars:
 
 @dataclass(slots=True)
 class Fidelity:
-    """How a model compares with the float one: SQNR in dB and agreement by output, and the drop of the metric."""
+    """How a model compares with the float one: by output the SQNR in dB, and of how many cases how many are not the
+    same; and the drop of the metric."""
 
     sqnr: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)
+    flips: dict[str, tuple[int, int]] = field(default_factory=dict)
     drop: float | None = None
 
     def distance(self, bars: Bars) -> float:
-        """How far it is over a bar, as a share of what is allowed: at most 1 is good, the less the better."""
+        """What is lost as a share of what is allowed: at most 1 is good, the less the better.
+
+        Of few cases one may differ where ``max_drop`` is not 0: 1 of 64 does not tell whether it is 1 in 100.
+        """
         if self.drop is not None:
-            return self.drop / bars.max_drop if bars.max_drop else (1.0 if self.drop <= 0 else math.inf)
+            return _share(max(self.drop, 0.0), bars.max_drop)
         noise = max((10 ** ((bars.min_sqnr - found) / 10) for found in self.sqnr.values()), default=0.0)
-        lost = max((1 - share for share in self.agreement.values()), default=0.0)
-        return max(noise, lost / bars.max_drop if bars.max_drop else (math.inf if lost else 0.0))
+        return max(noise, *(_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in self.flips.values()), 0.0)
 
     @property
     def noise(self) -> float:
@@ -50,8 +53,9 @@ class Fidelity:
         parts = [] if self.drop is None else [f"metric down by {self.drop:.4g}"]
         if self.sqnr:
             parts.append(f"SQNR {min(self.sqnr.values()):.1f} dB")
-        if self.agreement:
-            parts.append(f"agreement {min(self.agreement.values()):.4g}")
+        if self.flips:
+            lost, cases = max(self.flips.values(), key=lambda pair: pair[0] / pair[1])
+            parts.append(f"{cases - lost} of {cases} cases the same")
         return ", ".join(parts) or "no float output"
 
 
@@ -78,7 +82,7 @@ class Judge:
                 sums.setdefault(name, _Sums()).add(output, found.get(name))
         result = Fidelity(
             {name: one.sqnr for name, one in sums.items() if one.is_float},
-            {name: one.agreement for name, one in sums.items() if one.rows},
+            {name: (one.rows - one.same, one.rows) for name, one in sums.items() if one.rows},
         )
         if self.score is not None and metric:
             result.drop = self.score - self.runner.score(model)
@@ -178,10 +182,6 @@ class _Sums:
         """In dB; where channels fall into two classes of scale, that of the worse class."""
         return min([_ratio(self.signal, self.noise), *(_worse_class(*sums) for sums in self.channels.values())])
 
-    @property
-    def agreement(self) -> float:
-        return self.same / self.rows
-
     def add(self, wanted: Any, found: Any) -> None:
         """Take in what the float model gave and what the other did."""
         if isinstance(wanted, np.ndarray) and isinstance(found, np.ndarray):
@@ -219,7 +219,7 @@ class _Sums:
         noise = np.where(finite, np.square(np.where(finite, other - signal, 0)), 0)
         self.noise += float(noise.sum())
         self._by_channel(power, noise)
-        if signal.ndim == 2 and signal.shape[1] > 1:
+        if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):
             self.rows += len(signal)
             self.same += int((signal.argmax(1) == other.argmax(1)).sum())
 
@@ -234,6 +234,15 @@ class _Sums:
                 self.channels[axis] = sums
             else:
                 self.channels[axis] = known[0] + sums[0], known[1] + sums[1], np.maximum(known[2], sums[2])
+
+
+def _are_directions(rows: Array) -> bool:
+    """Whether each row has length 1, as embeddings have, and no scores of classes: their largest entry says nothing."""
+    return bool(np.all(np.abs(np.square(rows).sum(1) - 1) < 1e-3)) and bool((rows < 0).any())
+
+
+def _share(lost: float, allowed: float) -> float:
+    return lost / allowed if allowed else (math.inf if lost else 0.0)
 
 
 _MOST_CHANNELS = 256

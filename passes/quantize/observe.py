@@ -25,9 +25,6 @@ class Observed:
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def size(self, plan: Plan, value: ir.Value) -> tuple[int, ...] | None:
-        return self.sizes.get(plan.addresses[value])
-
     def ranges(
         self, plan: Plan, units: Iterable[Unit], method: Method, grid: Grid
     ) -> dict[ir.Value, tuple[float, float]]:

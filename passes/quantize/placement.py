@@ -22,8 +22,8 @@ _INTEGER, _FLOAT = "integer", "float"
 _TICKS = 16  # a nanosecond in so many whole units, for the cut is exact in integers only
 
 
-def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> list[Unit]:
-    """The units of one graph to run on integers.
+def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> tuple[list[Unit], float]:
+    """The units of one graph to run on integers, and the nanoseconds that all of them are then predicted to take.
 
     ``dims`` gives the sizes of a value; ``costs`` the nanoseconds of a unit in float and on integers, infinite where
     it must not be so. Of choices of equal cost the one with the most integers.
@@ -31,7 +31,7 @@ def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[floa
     import networkx as nx
 
     if not units:
-        return []
+        return [], 0.0
     network = nx.DiGraph()
     makers = {value: unit for unit in units for value in unit.outputs}
     members = {node: unit for unit in units for node in unit.nodes}
@@ -41,8 +41,8 @@ def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[floa
         _join(network, unit, _FLOAT, on_integers)
     for value in dict.fromkeys(value for unit in units for value in (*unit.sources, *unit.outputs)):
         _add_value(network, value, makers.get(value), _reading(value, members), dims)
-    _, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
-    return [unit for unit in units if unit in integers]
+    ticks, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
+    return [unit for unit in units if unit in integers], ticks / _TICKS
 
 
 def unit_costs(unit: Unit, dims: Sizes) -> tuple[float, float]:

@@ -92,9 +92,16 @@ class Plan:
         found = (value for _, units in self.units for unit in units for value in (*unit.sources, *unit.outputs))
         return list(dict.fromkeys(found))
 
-    def place(self, sizes: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> list[tuple[Scope, list[Unit]]]:
-        """The units that run on integers, by graph."""
-        return [(scope, place(units, sizes, costs)) for scope, units in self.units]
+    def known(self, sizes: Mapping[str, tuple[int, ...]]) -> dict[ir.Value, tuple[int, ...]]:
+        """What is known by address, by value."""
+        return {value: sizes[address] for value in self.values if (address := self.addresses[value]) in sizes}
+
+    def place(
+        self, sizes: Sizes, costs: Callable[[Unit], tuple[float, float]]
+    ) -> tuple[list[tuple[Scope, list[Unit]]], float]:
+        """The units that run on integers, by graph, and the predicted nanoseconds of all units."""
+        found = [(scope, place(units, sizes, costs)) for scope, units in self.units]
+        return [(scope, chosen) for scope, (chosen, _) in found], sum(cost for _, (_, cost) in found)
 
 
 def sizes_of(known: Mapping[ir.Value, tuple[int, ...]]) -> Sizes:

@@ -67,6 +67,7 @@ class Treated:
     model: ir.Model
     static: dict[str, Role]
     dynamic: list[str]
+    cost: float  # predicted nanoseconds of a run, of what could be on integers
 
 
 def layers(model: ir.Model) -> dict[str, ir.Node]:
@@ -80,8 +81,8 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx
     work.meta.update(model.meta)
     remember(work)
     plan, nodes = Plan.of(work), layers(work)
-    sizes = sizes_of({value: size for value in plan.values if (size := observed.size(plan, value)) is not None})
-    chosen = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
+    sizes = sizes_of(plan.known(observed.sizes))
+    chosen, cost = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
     static = {unit.address: unit.role for _, units in chosen for unit in units}
     dynamic = [
         address for address, node in nodes.items() if address not in static and _gains(choice.of(address), node, sizes)
@@ -97,7 +98,7 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx
     if choice.mended:
         for pass_ in (RoundAdaptively(), CorrectBias(sweeps=8)):
             pass_.run(work, ctx)
-    return Treated(work, static, dynamic)
+    return Treated(work, static, dynamic, cost)
 
 
 def costs(unit: Unit, choice: Choice, plan: Plan, observed: Observed, sizes: Sizes) -> tuple[float, float]:
