@@ -10,6 +10,7 @@ import pytest
 
 from penjing.ir.scopes import scopes
 from penjing.passes.quantize import placement
+from penjing.passes.quantize.filters import is_filter_bank
 from penjing.passes.quantize.placement import place
 from penjing.passes.quantize.units import Role, Unit, find_units
 
@@ -135,3 +136,23 @@ def test_layers_that_are_no_units_say_why(body: str, reason: str, parse: Parse) 
     )
     _, (left,) = find_units(next(scopes(with_constants(model))))
     assert reason in left.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "fixed"),
+    [
+        ("Conv", np.ones((20, 1, 256), np.float32), True),
+        ("Conv", np.ones((20, 1, 9), np.float32), False),
+        ("Conv", np.ones((20, 2, 256), np.float32), False),
+        ("Conv", np.ones((20, 1, 64, 64), np.float32), False),
+        ("MatMul", np.maximum(0, 1 - np.abs(np.arange(100)[:, None] - 5 * np.arange(20)) / 5).astype(np.float32), True),
+        ("MatMul", np.random.default_rng(0).standard_normal((100, 20)).astype(np.float32), False),
+        ("MatMul", (np.random.default_rng(0).random((100, 20)) > 0.9).astype(np.float32), False),
+    ],
+)
+def test_fixed_filters_are_known(kind: str, array: np.ndarray, fixed: bool) -> None:
+    weight = ir.Value(name="w", const_value=ir.tensor(array, name="w"), shape=ir.Shape(array.shape))
+    graph = ir.Graph([], [], nodes=[], initializers=[weight])
+    node = ir.node(kind, [ir.Value(name="x"), weight])
+    graph.append(node)
+    assert is_filter_bank(node) == fixed

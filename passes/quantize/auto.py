@@ -16,6 +16,7 @@ from ...ir.files import saved_bytes
 from ...ir.scopes import scopes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from .calibrators import Method
+from .filters import REASON, is_filter_bank
 from .insertion import Grids
 from .judge import Bars, Fidelity, Judge
 from .observe import observe
@@ -26,7 +27,7 @@ from .treatments import Choice, Treated, Treatment, layers, treat
 from .units import Role
 
 _TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
-_GROUPS = 48  # of neighbouring layers whose effects are measured apart
+_GROUPS = 32  # of neighbouring layers whose effects are measured apart
 
 
 @register("quantize-auto")
@@ -97,11 +98,14 @@ class Search:
 
     def _found(self) -> Candidate:
         self._prepare()
-        kept = {address: Treatment.FLOAT for address, node in self.layers.items() if node in self.keep}
+        kept = {address: Treatment.FLOAT for address, node in self.layers.items() if self._is_kept(node)}
         best = self._calibrated(Choice(kept))
         if not self._good(best):
             best = self._mended(best)
         return best if self._good(best) else self._lifted(best)
+
+    def _is_kept(self, node: ir.Node) -> bool:
+        return node in self.keep or is_filter_bank(node)
 
     def _prepare(self) -> None:
         self.known = known_shapes(self.original)
@@ -162,7 +166,7 @@ class Search:
         best = min(ways, key=lambda one: (not self._good(one), one.treated.cost))
         for treatment in (Treatment.STORED, Treatment.HALF):
             lifted = [address for address in self.layers if best.choice.treatments.get(address) is Treatment.FLOAT]
-            lifted = [address for address in lifted if self.layers[address] not in self.keep]
+            lifted = [address for address in lifted if not self._is_kept(self.layers[address])]
             if lifted and self._good(best):
                 low = best.choice.lifted(lifted, treatment)
                 found = self._whole(self._try(low))
@@ -256,9 +260,10 @@ class Search:
             self.ctx.change("search", line)
         self.ctx.change("outputs", str(found.fidelity))
         for address, treatment in found.choice.treatments.items():
-            kept = address in self.layers and self.layers[address] in self.keep
-            reason = "kept by request" if kept else f"lifted to {treatment}, for its harm"
-            self.ctx.skip(address, reason)
+            node = self.layers.get(address)
+            kept = None if node is None else "kept by request" if node in self.keep else REASON
+            is_kept = node is not None and self._is_kept(node)
+            self.ctx.skip(address, kept if is_kept and kept else f"lifted to {treatment}, for its harm")
         told = {*found.treated.static, *found.treated.dynamic, *found.choice.treatments}
         for address, reason in self._reasons().items():
             if address not in told:

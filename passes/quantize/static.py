@@ -16,6 +16,7 @@ from ...ir.scopes import Scope
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..selection import left_out
 from .calibrators import Method
+from .filters import REASON
 from .insertion import Grids
 from .observe import Observed, observe, read_observed
 from .original import remember
@@ -78,7 +79,8 @@ class QuantizeStatic(Pass):
         chosen, _ = plan.place(sizes, lambda unit: self._costs(unit, plan, observed, sizes))
         self._tell(plan, chosen, observed, sizes, ctx)
         write(model, plan, chosen, observed, self.grids, self.calibrator)
-        QuantizeWeights(only=self.only, keep=self.keep).run(model, ctx)
+        exact = [f"node:{left.node.name}" for left in plan.left if left.reason == REASON]
+        QuantizeWeights(only=self.only, keep=Selection((*self.keep.patterns, *exact))).run(model, ctx)
         forget_shapes(model, known)
 
     @property

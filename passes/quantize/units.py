@@ -15,6 +15,7 @@ from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope
 from ...ir.shapes import dims
 from ...ir.sparse import SparseTensor
+from .filters import REASON, is_filter_bank
 
 Port = tuple[ir.Node, int]
 
@@ -100,6 +101,8 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
         return Unit(scope, Role.CLAMP, [node], [0])
     kernel = integer(node)
     if is_layer(node):
+        if is_filter_bank(node):
+            return REASON
         return _layer(scope, node) if kernel is not None else "ONNX Runtime has no integer kernel for it as it is"
     if kernel is None or not _is_float(node.outputs[0]):
         return None
