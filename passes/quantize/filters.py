@@ -27,12 +27,11 @@ def is_filter_bank(node: ir.Node) -> bool:
         return False
     shape = tuple(tensor.shape.numpy())
     if node.op_type == "Conv":
-        return bool(
-            shape[1] == 1 and max(shape[2:], default=0) >= _LEAST_LENGTH and sum(size > 1 for size in shape[2:]) == 1
-        )
+        windows = [size for size in shape[2:] if size > 1]
+        return shape[1] == 1 and len(windows) == 1 and windows[0] >= _LEAST_LENGTH
     array = tensor.numpy()
     zeros = 1 - np.count_nonzero(array) / max(array.size, 1)
-    return len(shape) == 2 and bool((array >= 0).all()) and _SPARSE <= zeros < 1 and _is_banded(array)
+    return len(shape) == 2 and bool((array >= 0).all() and _SPARSE <= zeros < 1) and _is_banded(array)
 
 
 def _is_banded(matrix: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bool:

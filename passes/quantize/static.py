@@ -132,7 +132,6 @@ class QuantizeStatic(Pass):
 def slower(unit: Unit, sizes: Sizes) -> str:
     """The reason for a layer that could be on integers and is not."""
     in_float, on_integers = unit_costs(unit, sizes)
-    return (
-        f"no gain is predicted: {in_float / 1e3:.1f} us in float, {on_integers / 1e3:.1f} us on integers and what it "
-        "takes to get there and back"
-    )
+    if on_integers >= in_float:
+        return "its integer kernel is predicted to be slower"
+    return "it is predicted to gain less on integers than it takes to get there and back"
