@@ -52,7 +52,7 @@ def test_every_tenth_model_of_one_node(tmp_path: Path) -> None:
     changed = Counter(step for one in found for step, result in one.results.items() if result.changed)
     assert all(changed[step] > 5 for step in ("clean", "fold-constants", "infer-shapes", "raise-opset", "unify-names"))
     assert f"| clean | {len(found)} | 0 |".replace("clean", "`clean`") in report(found)
-    assert f"| {' | '.join(HEAD)} |" in readme(found, [])
+    assert f"| {' | '.join(HEAD)} |" in readme(found)
 
 
 def test_whole_models(tmp_path: Path) -> None:

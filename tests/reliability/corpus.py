@@ -1,8 +1,8 @@
 """ONNX's own test models, loaded and saved, and after every exact pass alone and after ``clean``.
 
-``python -m tests.reliability.corpus --runs --jobs 2 --record`` writes corpus.md: what ``examination.py`` asks of each
-model, and ``penjing run`` of every clean pass on each. ``--every N`` takes a part of the models by a fixed hash,
-``--runs`` adds the runs, ``--readme`` prints a short table only. Exits 1 where there is a fault.
+``python -m tests.reliability.corpus --jobs 2 --record`` writes corpus.md: what ``examination.py`` asks of each model;
+with ``--runs`` corpus-runs.md: ``penjing run`` of every clean pass on each. ``--every N`` takes a part of the models by a
+fixed hash, ``--readme`` prints a short summary only. Exits 1 where there is a fault.
 
 Nothing is skipped in silence: a model of which something cannot be asked is in a table with its reason and name.
 """
@@ -139,7 +139,7 @@ def _kind(sentence: str) -> str:
     return re.sub(r"at opset \d+, above", "at a newer opset than", sentence)
 
 
-def readme(found: Sequence[Found], runs: Sequence[Run]) -> str:
+def readme(found: Sequence[Found]) -> str:
     """The table for README.md."""
     steps = steps_of(found)
     passes = [step for step in steps if step != KEPT and not step.startswith("clean")]
@@ -151,12 +151,14 @@ def readme(found: Sequence[Found], runs: Sequence[Run]) -> str:
     ]
     newer = sum(one.excluded.get("run") == NEWER for one in found)
     text = table(["ONNX corpus", *HEAD], rows)
-    text += f"\n{newer} of the {len(found):,} models are newer than the installed ONNX Runtime takes.\n"
-    if runs:
-        counts = Counter(run.outcome for run in runs)
-        text += f"\n`penjing run` of each of the clean passes, {len(runs):,} runs: "
-        text += ", ".join(f"{counts[word]:,} {title}" for word, title in OUTCOMES.items()) + ".\n"
-    return text
+    return f"{text}\n{newer} of the {len(found):,} models are newer than the installed ONNX Runtime takes.\n"
+
+
+def readme_of_runs(runs: Sequence[Run]) -> str:
+    """The sentence for README.md."""
+    counts = Counter(run.outcome for run in runs)
+    outcomes = ", ".join(f"{counts[word]:,} {title}" for word, title in OUTCOMES.items())
+    return f"`penjing run` of each of the clean passes, {len(runs):,} runs: {outcomes}.\n"
 
 
 def main() -> None:
@@ -167,20 +169,22 @@ def main() -> None:
         parser.add_argument(f"--{flag}", action="store_true")
     given = parser.parse_args()
     cases, started = [*node_cases(given.every), *whole_models(given.every)], time.monotonic()
-    steps, pipelines = all_steps(), clean_passes() if given.runs else []
-    found = in_parallel(lambda case, folder: examine(case, folder, steps), cases, given.jobs)
-    runs = (
-        in_parallel(lambda case, folder: [*run_case(case, folder, pipelines)], cases, given.jobs) if pipelines else []
-    )
-    flat = [run for group in runs for run in group]
-    parts = ["# ONNX corpus\n", readme(found, flat), "## Every pass\n", report(found)]
-    parts += ["## `penjing run`\n", runs_report(flat)] if flat else []
-    body = "\n".join([*parts, f"{time.monotonic() - started:.0f} s with {given.jobs} jobs\n"])
-    if given.record:
-        record("corpus", "python -m tests.reliability.corpus " + " ".join(sys.argv[1:]), body)
+    if given.runs:
+        pipelines = clean_passes()
+        runs = in_parallel(lambda case, folder: [*run_case(case, folder, pipelines)], cases, given.jobs)
+        flat = [run for group in runs for run in group]
+        summary, details, faulty = readme_of_runs(flat), runs_report(flat), any(run.outcome == "fault" for run in flat)
     else:
-        print(parts[1] if given.readme else body)
-    sys.exit(any(one.faults for one in found) or any(run.outcome == "fault" for run in flat))
+        steps = all_steps()
+        found = in_parallel(lambda case, folder: examine(case, folder, steps), cases, given.jobs)
+        summary, details, faulty = readme(found), report(found), any(one.faults for one in found)
+    name = "corpus-runs" if given.runs else "corpus"
+    body = f"# ONNX corpus\n\n{summary}\n{details}\n{time.monotonic() - started:.0f} s with {given.jobs} jobs\n"
+    if given.record:
+        record(name, "python -m tests.reliability.corpus " + " ".join(sys.argv[1:]), body)
+    else:
+        print(summary if given.readme else body)
+    sys.exit(faulty)
 
 
 if __name__ == "__main__":
