@@ -20,6 +20,7 @@ from .units import Port, Role, Unit
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 _FLOAT = ir.DataType.FLOAT
+_ALMOST = 1 - 1e-6  # for what is lost where a scale becomes float32
 _LARGEST_BIAS = 2**30  # a bias of more steps could overflow the sum of products, 32 bits
 
 
@@ -42,6 +43,7 @@ class Inserter:
     names: Names
     _weights: dict[tuple[ir.Value, int], tuple[ir.Value, Affine]] = field(default_factory=dict)
     _freed: list[ir.Value] = field(default_factory=list)
+    _made: dict[ir.Value, Affine] = field(default_factory=dict)  # what stands behind integers; bodies may read it
 
     def write(self, scope: Scope, units: Iterable[Unit]) -> None:
         """Put ``units`` of one graph on integers."""
@@ -98,11 +100,12 @@ class Inserter:
         if value.is_graph_output():  # the new value takes its name, and it the new one's
             nodes[-1].outputs[0].name = self.names.fresh(f"{value.name}_float")
         _register(value.graph, constants)
-        insert_after(value, nodes, self.names)
+        self._made[insert_after(value, nodes, self.names)] = out
 
     def _into(self, scope: Scope, value: ir.Value, ports: list[Port]) -> None:
         """Some ports read ``value``, made in float, through integers; all others as it is."""
-        nodes, constants = self._pair(value.name or "", self.scales[value], self.scales[value])
+        scale = self._scale(value)
+        nodes, constants = self._pair(value.name or "", scale, scale)
         _read(nodes[0], value)
         _register(scope.graph, constants)
         first = next(node for node in scope.graph if any(node is reader for reader, _ in ports))
@@ -111,6 +114,10 @@ class Inserter:
             self._guard(nodes[0])
         for node, port in ports:
             node.replace_input_with(port, nodes[1].outputs[0])
+
+    def _scale(self, value: ir.Value) -> Affine:
+        """The scale of ``value``, or of what it was made from by a unit of an outer graph."""
+        return self._made[value] if value in self._made else self.scales[value]
 
     def _pair(self, stem: str, into: Affine, out: Affine) -> tuple[list[ir.Node], list[ir.Value]]:
         """A QuantizeLinear, whose input is yet to be set, and a DequantizeLinear, with their scales and zero points."""
@@ -152,7 +159,7 @@ class Inserter:
         assert tensor is not None
         axis = operator(node).port(port).axes(node, len(tensor.shape)).output
         assert axis is not None  # the output channels, on no other axis are scales right in ONNX Runtime
-        source = self.scales[unit.sources[0]]
+        source = self._scale(unit.sources[0])
         bias = None if unit.bias is None else _bias(unit.bias)
         integers, weight = self._integers(value, tensor, axis, source, bias)
         nodes = [self._dequantize(scope, value.name or "", integers, weight, axis)]
@@ -165,13 +172,13 @@ class Inserter:
     def _integers(
         self, value: ir.Value, tensor: ir.TensorProtocol, axis: int, source: Affine, bias: Array | None
     ) -> tuple[ir.Value, Affine]:
-        """The integers of a weight, once for all layers that read it along this axis without a bias to mind."""
+        """The integers of a weight, once for all layers that read it along this axis and whose bias they can take."""
+        least = None if bias is None else np.abs(bias) / (np.float64(source.scale) * _LARGEST_BIAS)
         known = self._weights.get((value, axis))
-        if known is not None:
+        if known is not None and (least is None or np.all(known[1].scale.reshape(-1) >= least * _ALMOST)):
             return known
         array = np.asarray(tensor.numpy(), np.float32)
         others = tuple(other for other in range(array.ndim) if other != axis)
-        least = None if bias is None else np.abs(bias) / (np.float64(source.scale) * _LARGEST_BIAS)
         made = weight_affine(array, others, self.grids, least)
         stored = ir.Tensor(made.quantized(array), name=self.names.fresh(f"{value.name}_quantized"))
         constant = ir.Value(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.address import addresses
-from ...ir.affine import Affine, affine
+from ...ir.affine import LEAST_SCALE, Affine, affine
 from ...ir.edit import Names
 from ...ir.kernels import Bounds
 from ...ir.opset import raise_opset
@@ -142,6 +142,11 @@ def _own(extent: tuple[float, float], grids: Grids, bounds: Bounds | None) -> Af
     if bounds is not None:
         low, high = max(low, bounds.low), min(high, bounds.high)
     made = affine(low, high, grids.activations, power_of_two=grids.power_of_two)
-    while bounds is not None and not bounds.hold(made) and made.zero_point == grids.activations.lowest:
+    if bounds is None or grids.power_of_two or made.zero_point != grids.activations.lowest:
+        return made  # a power of two would have to be half of what the range takes
+    if not bounds.hold(made):  # what is all zeros has a scale of 1
+        exact = max(bounds.high / grids.activations.steps, LEAST_SCALE)
+        made = replace(made, scale=np.minimum(made.scale, np.float32(exact)))
+    while not bounds.hold(made):
         made = replace(made, scale=np.nextafter(made.scale, np.float32(0)))
     return made

@@ -6,10 +6,11 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from ...ir.constants import constant_array, constant_tensor, is_constant
-from ...ir.kernels import Bounds, fused_activation, integer
+from ...ir.kernels import Bounds, fused_activation, integer, matmul_bias
 from ...ir.match import attribute
 from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope
@@ -18,6 +19,8 @@ from ...ir.sparse import SparseTensor
 from .filters import REASON, is_filter_bank
 
 Port = tuple[ir.Node, int]
+
+_LEAST_SLOPE = 1e-6  # of a HardSigmoid, and one through the greatest
 
 
 class Role(enum.StrEnum):
@@ -98,7 +101,7 @@ def is_layer(node: ir.Node) -> bool:
 def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
     """The unit that begins with ``node``; for a layer that is none the reason, for other nodes None."""
     if node.domain == "" and node.op_type == "HardSigmoid" and _is_float(node.outputs[0]):
-        return Unit(scope, Role.CLAMP, [node], [0])
+        return Unit(scope, Role.CLAMP, [node], [0]) if _is_change_of_scale(node) else None
     kernel = integer(node)
     if is_layer(node):
         if is_filter_bank(node):
@@ -109,7 +112,7 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
     data = _data_ports(node)
     activations = [port for port in data if not is_constant(_input(node, port))]
     constants = [port for port in data if port not in activations]
-    if not activations or any(constant_array(_input(node, port)) is None for port in constants):
+    if not activations or not all(_is_small_and_finite(_input(node, port)) for port in constants):
         return None
     role = Role.SAME if kernel.equal else Role.ARITHMETIC
     if role is Role.SAME and constants:
@@ -128,7 +131,7 @@ def _layer(scope: Scope, node: ir.Node) -> Unit | str:
         if second.is_graph_input() and second.is_initializer():
             return "the caller of the model may pass another weight"
         if node.op_type == "MatMul":
-            return Unit(scope, Role.ARITHMETIC, [node], [0, 1], needs_output=False)
+            return Unit(scope, Role.ARITHMETIC, [node], [0, 1], needs_output=_becomes_gemm(node))
         producer = second.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
             return "quantized already"
@@ -148,7 +151,24 @@ def _layer(scope: Scope, node: ir.Node) -> Unit | str:
         return _gemm(scope, node)
     unit = Unit(scope, Role.LAYER, [node], [0], weight=1, needs_output=False)
     _take_bias(unit, int(tensor.shape.numpy()[1]))
+    unit.needs_output = unit.bias is None and _becomes_gemm(node)
     return unit
+
+
+def _becomes_gemm(node: ir.Node) -> bool:
+    """Whether ONNX Runtime merges a MatMul and the Add behind it to a Gemm in float, unless integers are in between."""
+    return matmul_bias(node) is not None
+
+
+def _is_change_of_scale(node: ir.Node) -> bool:
+    """Whether a HardSigmoid rises, and at 0 lies within [0, 1], so that a scale and a zero point say it."""
+    alpha, beta = float(attribute(node, "alpha", 0.2)), float(attribute(node, "beta", 0.5))
+    return _LEAST_SLOPE <= alpha <= 1 / _LEAST_SLOPE and 0 <= beta <= 1
+
+
+def _is_small_and_finite(value: ir.Value) -> bool:
+    array = constant_array(value)
+    return array is not None and bool(np.isfinite(array).all())
 
 
 def _gemm(scope: Scope, node: ir.Node) -> Unit | str:
@@ -184,7 +204,7 @@ def _take_tail(unit: Unit) -> None:
     if reader is None or reader.graph is not unit.scope.graph:
         return
     bounds = fused_activation(last, reader)
-    if bounds is not None and bounds.low == 0:  # then the zero point is the lowest integer, and the scale fits exactly
+    if bounds is not None and bounds.low == 0 < bounds.high:  # then the zero point is the lowest integer, and the scale fits exactly
         unit.bounds, unit.needs_output = bounds, True
         unit.nodes.append(reader)
 

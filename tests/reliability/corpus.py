@@ -1,8 +1,8 @@
 """ONNX's own test models, loaded and saved, and after every exact pass alone and after ``clean``.
 
 ``python -m tests.reliability.corpus --jobs 2 --record`` writes corpus.md: what ``examination.py`` asks of each model;
-with ``--runs`` corpus-runs.md: ``penjing run`` of every clean pass on each. ``--every N`` takes a part of the models by a
-fixed hash, ``--readme`` prints a short summary only. Exits 1 where there is a fault.
+with ``--runs`` corpus-runs.md: ``penjing run`` of every clean pass on each. ``--every N`` takes a part of the models by
+a fixed hash, ``--readme`` prints a short summary only. Exits 1 where there is a fault.
 
 Nothing is skipped in silence: a model of which something cannot be asked is in a table with its reason and name.
 """
