@@ -134,7 +134,8 @@ class Bias:
     """An Add after a MatMul that ONNX Runtime merges with it to one Gemm.
 
     On int8 the Gemm runs only with a QuantizeLinear straight after the Add, and none before it. ``flat``: the bias is
-    [N]. Another shape makes a Gemm that never runs on int8, so [1, N] is to be reshaped first.
+    [N]. Another shape makes a Gemm that never runs on int8, so [1, N] is to be reshaped first. Neither does one whose
+    ``bias`` is computed, as a residual is: a QuantizeLinear before the Add keeps the two apart.
     """
 
     add: ir.Node
@@ -153,9 +154,11 @@ def matmul_bias(node: ir.Node) -> Bias | None:
     if add.op_type != "Add" or add.domain != "":
         return None
     other = add.inputs[1 - uses[0].idx]
-    if other is None or not _is_weight(other) or other.shape is None:
+    if other is None or other.shape is None:
         return None
     rank, sizes = _rank(node, 0), tuple(other.shape)
+    if all(size == 1 for size in sizes):
+        return None  # one number, or none known to be of the channels
     if len(sizes) == 1:
         return Bias(add, other, True)
     return Bias(add, other, False) if rank == 2 and len(sizes) == 2 else None

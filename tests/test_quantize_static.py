@@ -11,10 +11,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from penjing.ir.errors import BadFeeds, NeedsData, UsageError
+from penjing.ir.errors import BadFeeds, BadFile, NeedsData, UsageError
 from penjing.ir.files import load
 from penjing.ir.verify import verify
 from penjing.passes.base import Context
+from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize.static import QuantizeStatic
 from penjing.runtime.kernels import kernels
 from penjing.runtime.session import OrtRunner
@@ -330,3 +331,133 @@ def test_no_float_weights_and_quantized_already() -> None:
     twice, ctx = quantized(once, data, **ANY)
     assert kernels(twice).fused == 3
     assert any("quantized already" in skip.reason for skip in ctx.ledger.skips)
+
+
+# Traps ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.2, 2.0), (0.5, -0.3), (-0.5, 1.7), (0.0, 0.5), (0.2, 1.0)])
+def test_a_hard_sigmoid_that_no_scale_can_say_stays_float(alpha: float, beta: float) -> None:
+    net = Net()
+    value = net.op("HardSigmoid", net.op("Conv", "x", net.weight(16, 16, 1, 1)), alpha=alpha, beta=beta)
+    net.op("Conv", value, net.weight(16, 16, 1, 1))
+    model, data = net.model([1, 16, 8, 8]), feeds(1, 16, 8, 8)
+    work, _ = quantized(model, data, **ANY)
+    assert ("HardSigmoid" in [node.op_type for node in work.graph]) == (not 0 <= beta <= 1 or alpha <= 0)
+    assert sqnr(model, work, data) > 30
+
+
+def test_a_body_reads_what_a_unit_outside_makes() -> None:
+    net, yes, no = Net(), Net(1), Net(2)
+    first = net.op("Relu", net.op("MatMul", "x", net.weight(16, 16), output="made"), output="r")
+    weight = net.weight(16, 16)
+    yes.op("MatMul", first, weight, output="y1")
+    no.op("Add", no.op("MatMul", first, weight, output="q"), first, output="y2")
+    graphs = [
+        helper.make_graph(part.nodes, name, [], [helper.make_tensor_value_info(out, TensorProto.FLOAT, [4, 16])])
+        for part, name, out in ((yes, "yes", "y1"), (no, "no", "y2"))
+    ]
+    limit = net.constant(np.float32(0))
+    chosen = net.op("Greater", net.op("ReduceSum", "x", keepdims=0), limit)
+    net.op("If", chosen, then_branch=graphs[0], else_branch=graphs[1])
+    model, data = net.model([4, 16]), feeds(4, 16, count=8)
+    work, _ = quantized(model, data, **ANY)
+    assert kernels(work).fused == 3
+    assert sqnr(model, work, data) > 30
+
+
+def test_a_tied_weight_is_stored_apart_where_a_bias_would_overflow() -> None:
+    """One channel is all but zero: without a bias to mind its scale is too fine for 32 bits of bias."""
+    net = Net()
+    array = net.rng.standard_normal((16, 16)).astype(np.float32)
+    array[:, 3] = 1e-30
+    weight = net.constant(array)
+    value = net.op("Tanh", net.op("MatMul", "x", weight))
+    net.op("Gemm", value, weight, net.weight(16, scale=3))
+    model, data = net.model([4, 16]), feeds(4, 16)
+    work, _ = quantized(model, data, **ANY)
+    assert kernels(work).fused == 2
+    assert sqnr(model, work, data) > 30
+
+
+@pytest.mark.parametrize("content", [np.inf, -np.inf, np.nan])
+def test_constants_that_are_not_finite_stay_float(content: float) -> None:
+    """A mask that no sample brings out."""
+    net = Net()
+    always = net.op("Greater", "x", net.constant(np.float32(-1e9)))
+    value = net.op("Where", always, net.op("MatMul", "x", net.weight(16, 16)), net.constant(np.float32(content)))
+    net.op("MatMul", value, net.weight(16, 16))
+    model, data = net.model([4, 16]), feeds(4, 16)
+    work, _ = quantized(model, data, **ANY)
+    assert sqnr(model, work, data) > 30
+
+
+@pytest.mark.parametrize(("high", "sign"), [(6.0, -1), (0.0, 1), (-1.0, 1), (6.0, 1)])
+@pytest.mark.parametrize("scale", ["float", "power-of-two"])
+def test_a_clip_of_nothing_but_zeros(high: float, sign: int, scale: str) -> None:
+    net = Net()
+    weight = net.constant(sign * np.abs(net.rng.standard_normal((16, 16, 1, 1))).astype(np.float32))
+    ends = [net.constant(np.float32(end)) for end in (0, high)]
+    value = net.op("Clip", net.op("Conv", "x", weight), *ends)
+    net.op("Conv", value, net.weight(16, 16, 1, 1), net.weight(16, scale=1))
+    model = net.model([1, 16, 8, 8])
+    data = [{"x": np.abs(feed["x"])} for feed in feeds(1, 16, 8, 8)]
+    work, _ = quantized(model, data, scale=scale, **ANY)
+    assert sqnr(model, work, data) > 25
+
+
+@pytest.mark.parametrize("other", [(16,), (4, 16)])
+def test_a_matrix_product_and_a_residual_are_no_float_gemm(other: tuple[int, ...]) -> None:
+    net = Net()
+    residual = (
+        net.op("Tanh", "x") if len(other) == 2 else net.op("ReduceMean", net.op("Tanh", "x"), axes=[0], keepdims=0)
+    )
+    value = net.op("MatMul", "x", net.weight(16, 16))
+    net.op("Softsign", net.op("Add", value, residual))
+    model, data = net.model([4, 16]), feeds(4, 16)
+    work, _ = quantized(model, data, keep="op:Add", **ANY)
+    assert kernels(work).integer["QLinearMatMul"] == 1
+    assert sqnr(model, work, data) > 30
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("shape", [(4, 16), (2, 4, 16)])
+def test_signed_activations_and_a_bias_load(opset: int, shape: tuple[int, ...]) -> None:
+    net = Net()
+    value = net.op("Tanh", net.op("Add", net.op("MatMul", "x", net.weight(16, 16)), net.weight(16, scale=1)))
+    net.op("Add", net.op("MatMul", value, net.weight(16, 16)), net.weight(16, scale=1))
+    model, data = net.model([*shape], opset), feeds(*shape)
+    work, _ = quantized(model, data, activations="s8", **ANY)
+    assert sqnr(model, work, data) > 30
+
+
+def test_an_input_with_a_default_may_be_left_out_of_the_data() -> None:
+    net = Net()
+    net.op("Add", net.op("MatMul", "x", net.weight(16, 16)), net.weight(16, scale=1))
+    model = net.model([4, 16])
+    model.graph.inputs.append(model.graph.initializers["w1"])
+    data = feeds(4, 16)
+    work, _ = quantized(model, data, **ANY)
+    assert sqnr(model, work, data) > 30
+
+
+def test_the_other_name_of_the_domain() -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    model.opset_imports["ai.onnx"] = model.opset_imports.pop("")
+    work, _ = quantized(model, data, activations="u16", **ANY)
+    assert work.opset_imports["ai.onnx"] == 21
+    assert sqnr(model, work, data) > 30
+
+
+def test_clean_keeps_what_keeps_a_layer_in_float() -> None:
+    model, data = convs(), feeds(1, 16, 12, 12)
+    work, _ = quantized(model, data, keep="node:n2", **ANY)
+    Pipeline.of("clean").run(work)
+    assert kernels(work).fused == 2
+
+
+def test_ranges_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.json"
+    path.write_text('{"format": 1, "values": {"other": {"low": -4, "high": 4}}}')
+    with pytest.raises(BadFile, match="another model"):
+        QuantizeStatic(ranges=str(path)).run(convs(1), Context(runner=OrtRunner()))

@@ -100,6 +100,8 @@ def transpose_twice(
 
 
 def only_one_operand(tape: Tape, x: ir.Value) -> Replacement:
+    if tape.root.op_type == "Max" and _guards(tape.root):
+        decline("it keeps a float operator apart from integers")
     return x if len(tape.root.outputs) == 1 else None
 
 
@@ -170,6 +172,14 @@ def plus_zero(tape: Tape, x: ir.Value, zero: ir.Value) -> Replacement:
     """Exact for integers; for floats only where the zero is -0, for -0 + 0 is 0."""
     exact = _all_are(zero, 0) and (zero.dtype is None or not zero.dtype.is_floating_point() or _signs(zero) == 1)
     return x if exact and zero.dtype is not None and _spreads_over(zero, x) else None
+
+
+def _guards(node: ir.Node) -> bool:
+    """Whether ``node`` reads from a DequantizeLinear or a QuantizeLinear reads it: without it ONNX Runtime would run
+    what is on its other side on integers."""
+    source = None if node.inputs[0] is None else node.inputs[0].producer()
+    readers = [use.node.op_type for use in node.outputs[0].uses()]
+    return (source is not None and source.op_type == "DequantizeLinear") or "QuantizeLinear" in readers
 
 
 _KEEP_SIZE = ("Squeeze", "Unsqueeze", "Flatten")

@@ -53,6 +53,8 @@ class QuantizeAuto(Pass):
     def validate(self) -> None:
         if not 0 <= self.max_drop <= 1:
             raise UsageError(f"quantize-auto: max-drop={self.max_drop:g} is out of range; it is 0 to 1.")
+        if not 0 <= self.min_sqnr <= 200:
+            raise UsageError(f"quantize-auto: min-sqnr={self.min_sqnr:g} is out of range; it is 0 to 200 dB.")
 
     def effect(self) -> Effect:
         return Effect.LOSSY
@@ -254,11 +256,11 @@ class Search:
             if role is Role.LAYER:
                 self.ctx.change(address, f"{self.layers[address].op_type} on integers, its range from the data")
         if others := sum(role is not Role.LAYER for role in found.treated.static.values()):
-            self.ctx.change("neighbours", f"{others} operators on integers between them")
+            self.ctx.change("neighbours", f"{others} operators between layers on integers too")
         ledger.changes += own.ledger.changes
         for line in self.trail:
             self.ctx.change("search", line)
-        self.ctx.change("outputs", str(found.fidelity))
+        self.ctx.change("outputs", f"in the end: {found.fidelity}")
         for address, treatment in found.choice.treatments.items():
             node = self.layers.get(address)
             kept = None if node is None else "kept by request" if node in self.keep else REASON

@@ -166,7 +166,7 @@ class Inserter:
         node.replace_input_with(port, nodes[0].outputs[0])
         self._freed.append(value)
         if unit.bias is not None and bias is not None:
-            nodes.append(self._bias(scope, unit.bias, bias, source, weight))
+            nodes.append(self._bias(scope, unit, bias, source, weight))
         insert_before(node, nodes, self.names)
 
     def _integers(
@@ -189,20 +189,30 @@ class Inserter:
         self._weights[value, axis] = constant, made
         return constant, made
 
-    def _bias(self, scope: Scope, place: Port, bias: Array, source: Affine, weight: Affine) -> ir.Node:
-        node, port = place
+    def _bias(self, scope: Scope, unit: Unit, bias: Array, source: Affine, weight: Affine) -> ir.Node:
+        assert unit.bias is not None
+        node, port = unit.bias
         value = node.inputs[port]
         assert value is not None
         scale = (weight.scale.reshape(-1) * source.scale).astype(np.float32)
         steps = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
         grid = Grid.of(ir.DataType.INT32)
-        stem = value.name or ""
+        stem, axis = value.name or "", 0
+        if self._fails_as_gemm(scope, unit):
+            steps, axis = steps[None], 1  # a row, of which ONNX Runtime makes no Gemm
         constant = self._constant(scope, steps, f"{stem}_quantized")
         made = Affine(scale, np.zeros(scale.shape, np.int32), grid)
-        dequantize = self._dequantize(scope, stem, constant, made, 0, with_zero_point=False)
+        dequantize = self._dequantize(scope, stem, constant, made, axis, with_zero_point=False)
         node.replace_input_with(port, dequantize.outputs[0])
         self._freed.append(value)
         return dequantize
+
+    def _fails_as_gemm(self, scope: Scope, unit: Unit) -> bool:
+        """Whether the model would not load: ONNX Runtime mixes up int8 and uint8 where it reshapes a product to add a
+        flat bias, from opset 21 on."""
+        shape = unit.node.outputs[0].shape
+        signed = self.grids.activations.dtype is ir.DataType.INT8 and scope.version >= 21
+        return signed and unit.node.op_type == "MatMul" and shape is not None and len(shape) > 2
 
     def _operand(self, scope: Scope, unit: Unit, port: int) -> None:
         """A constant operand of arithmetic, in the integers of activations."""

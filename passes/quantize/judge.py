@@ -216,7 +216,7 @@ class _Sums:
         if lost:
             self.noise = math.inf
             return
-        noise = np.where(finite, np.square(np.where(finite, other - signal, 0)), 0)
+        noise = np.square(np.subtract(other, signal, out=np.zeros_like(signal), where=finite))
         self.noise += float(noise.sum())
         self._by_channel(power, noise)
         if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ...ir.address import printable
 from ...ir.affine import Grid
+from ...ir.errors import BadFile
 from ..base import Context
 from ..points import Distribution, Histogram, Point, Shape, Unanswered
 from .calibrators import Method, calibrate
@@ -60,6 +62,12 @@ def observe(plan: Plan, ctx: Context) -> Observed:
 def read_observed(path: str, plan: Plan) -> Observed:
     """What the file at ``path`` knows of the activations of ``plan``. Raises ``BadFile``."""
     observed, known = Observed(), read_ranges(path)
+    wanted = [plan.addresses[value] for value in plan.values]
+    if wanted and not any(address in known for address in wanted):
+        raise BadFile(
+            f"{printable(path)} has a range for none of the {len(wanted)} activations of this model, such as "
+            f"'{printable(wanted[0])}'; it is of another model. `penjing calibrate` makes one."
+        )
     for value in plan.values:
         address = plan.addresses[value]
         if address in known:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ...ir.affine import S8, S8_7BIT, U8, Grid
 from ...ir.errors import UsageError
 from ...ir.opset import raise_opset
-from ...ir.scopes import Scope
+from ...ir.scopes import Scope, scopes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..selection import left_out
 from .calibrators import Method
@@ -70,7 +70,7 @@ class QuantizeStatic(Pass):
         known = known_shapes(model)
         prepare(model, ctx)
         remember(model)
-        if self.activations.endswith("16") and model.opset_imports[""] < 21:
+        if self.activations.endswith("16") and next(scopes(model)).version < 21:
             raise_opset(model, 21)
             ctx.change("main graph", "raised to opset 21, for activations of 16 bits")
         plan = Plan.of(model)

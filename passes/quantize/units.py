@@ -204,7 +204,8 @@ def _take_tail(unit: Unit) -> None:
     if reader is None or reader.graph is not unit.scope.graph:
         return
     bounds = fused_activation(last, reader)
-    if bounds is not None and bounds.low == 0 < bounds.high:  # then the zero point is the lowest integer, and the scale fits exactly
+    # From 0 on, the zero point is the lowest integer, and the scale fits exactly.
+    if bounds is not None and bounds.low == 0 < bounds.high:
         unit.bounds, unit.needs_output = bounds, True
         unit.nodes.append(reader)
 
