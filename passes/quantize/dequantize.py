@@ -66,6 +66,8 @@ class Dequantize(Pass):
                 address = scope.address(node)
                 if address not in told and (reason := _left(node)):
                     ctx.skip(address, reason)
+        if not ctx.ledger.changes and not ctx.ledger.skips:
+            ctx.skip("model", "nothing in it is quantized")
 
     def _asked(self, rules: Iterable[Rule]) -> list[Rule]:
         """The rules, each declining for nodes and weights that ``only`` and ``keep`` exclude."""

@@ -67,6 +67,8 @@ class QuantizeDynamic(Pass):
             else:
                 ctx.change(layer.address, layer.deed, sqnr=number)
         writer.finish()
+        if not ctx.ledger.changes and not ctx.ledger.skips:
+            ctx.skip("model", "it has no matrix product and no recurrent layer")
 
     def _layers(self, model: ir.Model, ctx: Context) -> list[Layer]:
         """What can and shall be quantized; a line in the ledger for each other layer with a constant weight."""

@@ -12,7 +12,7 @@ from ...ir.weights import Weight
 from ..base import Array, Context, Effect, Pass, register
 from ..selection import NOTHING, Selection, left_out
 from .seam_search import seams
-from .seams import LEAST, Part, Seam, powers, unevenness
+from .seams import LEAST, NO_SEAM, Part, Seam, powers, unevenness
 
 _SWEEPS = 100
 _SETTLED = 2.0**-6  # of a factor's logarithm
@@ -43,8 +43,10 @@ class Equalize(Pass):
         return Effect.ROUNDING
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        chosen = []
-        for seam in seams(model):
+        chosen, found_seams = [], seams(model)
+        if not found_seams:
+            ctx.skip("model", NO_SEAM)
+        for seam in found_seams:
             reason = self._obstacle(seam)
             if reason is None:
                 chosen.append(seam)

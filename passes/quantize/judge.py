@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.errors import BadFeeds
 from ..base import Array, Context, Outputs
 
 MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
@@ -69,6 +70,10 @@ class Judge:
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = ctx.runner.score(model) if ctx.has("metric") else None
         self._kept = self._keep()
+        if self._kept and not any(np.size(output) for outputs in self._kept for output in outputs.values()):
+            raise BadFeeds(
+                "The data give nothing but empty outputs, so that no model could be judged by them; give samples."
+            )
 
     def fidelity(self, model: ir.Model, *, runs: int | None = None, metric: bool = True) -> Fidelity:
         """How ``model`` compares on all feeds, or about ``runs`` of them; the metric takes all of its own data."""

@@ -21,6 +21,7 @@ from ...ir.weights import Weight
 Array = np.ndarray[Any, Any]
 Vertex = tuple[ir.Value, int]  # a value, and the axis of its channels
 
+NO_SEAM = "nowhere in it do two layers meet so that channels between them could be scaled for free"
 LIMIT = 24  # factors lie between 2^-LIMIT and 2^LIMIT: beyond, a channel is as good as dead
 LEAST = float(np.finfo(np.float64).tiny)
 NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization"}

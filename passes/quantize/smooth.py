@@ -19,7 +19,7 @@ from ..points import Channels
 from ..selection import NOTHING, Selection, left_out
 from .original import answers
 from .seam_search import seams
-from .seams import Part, Seam, Vertex, along, powers, reach, unevenness
+from .seams import NO_SEAM, Part, Seam, Vertex, along, powers, reach, unevenness
 
 
 @register("smooth")
@@ -52,7 +52,10 @@ class Smooth(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without sample data."""
-        found = [seam for seam in seams(model) if self._wanted(seam, ctx)]
+        all_seams = seams(model)
+        if not all_seams:
+            ctx.skip("model", NO_SEAM)
+        found = [seam for seam in all_seams if self._wanted(seam, ctx)]
         places, names = addresses(model), Names(model)
         points = {vertex: Channels(places[vertex[0]], vertex[1]) for seam in found for vertex in seam.inputs()}
         known, reasons = answers(model, list(points.values()), ctx) if points else ({}, {})
