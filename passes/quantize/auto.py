@@ -172,7 +172,7 @@ class Search:
             if lifted and self._good(best):
                 low = best.choice.lifted(lifted, treatment)
                 found = self._whole(self._try(low))
-                best = found if self._good(found) else self._fewest(low, lifted)
+                best = found if self._safe(found) else self._fewest(low, lifted)
         if start.choice.mended and self._distance(best) > _COMFORT:
             found = self._whole(self._try(replace(best.choice, mended=True)))
             best = found if self._distance(found) < self._distance(best) else best
@@ -193,11 +193,11 @@ class Search:
         order = self._by_harm(choice, addresses)
         low, high = 1, len(order)
         best = self._whole(self._try(choice.lifted(addresses, Treatment.FLOAT)))
-        while low < high and self._good(best):
+        while low < high and self._safe(best):
             middle = (low + high) // 2
             some = [address for group in order[:middle] for address in group]
             found = self._whole(self._try(choice.lifted(some, Treatment.FLOAT)))
-            if self._good(found):
+            if self._safe(found):
                 best, high = found, middle
             else:
                 low = middle + 1
@@ -242,6 +242,11 @@ class Search:
     def _good(self, candidate: Candidate) -> bool:
         return self._distance(candidate) <= 1
 
+    def _safe(self, candidate: Candidate) -> bool:
+        """Whether the bounds hold with something in hand: of many choices the one that just holds them on these data is
+        likely not to on others."""
+        return self._distance(candidate) <= _IN_HAND
+
     def _distance(self, candidate: Candidate) -> float:
         return candidate.fidelity.distance(self.bars)
 
@@ -283,6 +288,7 @@ class Search:
         return {address: reasons[address] for address in self.layers if address in reasons}
 
 
+_IN_HAND = 0.5  # of what is allowed, as noise 3 dB: what a choice may lose that the search made by trying
 _WRECKED = 0.5  # noise over signal
 _CHEAP = 0.005  # of the predicted time: what costs less counts as much
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried
