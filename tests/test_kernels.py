@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -407,16 +408,19 @@ def test_scales_along_input_channels_are_wrong_in_silence(
     node = only(models[0], operator)
     assert table.weight_axis(node) == right
     assert steps_apart(models[0]) < 1.01
-    assert kernels(models[1]).fused == 1
-    assert steps_apart(models[1]) > 1.01
+    if operator == "MatMul" and not kernels(models[1]).fused:  # from ONNX Runtime 1.32 on
+        assert steps_apart(models[1]) < 1.01
+    else:
+        assert kernels(models[1]).fused == 1
+        assert steps_apart(models[1]) > 1.01
 
 
 def test_a_matrix_of_three_dimensions_has_one_scale() -> None:
     model = Row("MatMul", [(2, 4, 16)], weight=(2, 16, 8), axis=2).model()
     node = only(model, "MatMul")
     assert table.weight_axis(node) is None
-    with pytest.raises(DoesNotRun):
-        steps_apart(model)
+    with contextlib.suppress(DoesNotRun):  # before ONNX Runtime 1.32
+        assert steps_apart(model) < 1.01
 
 
 def test_a_constant_first_operand_is_unsigned() -> None:

@@ -288,7 +288,7 @@ class Search:
         return {address: reasons[address] for address in self.layers if address in reasons}
 
 
-_IN_HAND = 0.5  # of what is allowed, as noise 3 dB: what a choice may lose that the search made by trying
+_IN_HAND = 0.63  # of what is allowed, as noise 2 dB: what a choice may lose that the search made by trying
 _WRECKED = 0.5  # noise over signal
 _CHEAP = 0.005  # of the predicted time: what costs less counts as much
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried
