@@ -164,7 +164,8 @@ class Search:
         methods = dict.fromkeys(
             (start.choice.calibrator, get_args(Method)[0])
         )  # what clips may do without, once lifted
-        ways = [self._fewest(replace(start.choice, calibrator=method, mended=False), units) for method in methods]
+        plain = [replace(start.choice, calibrator=method, mended=False) for method in methods]
+        ways = [self._fewest(choice, units, Treatment.FLOAT) for choice in plain]
         best = min(ways, key=lambda one: (not self._good(one), one.treated.cost))
         for treatment in (Treatment.STORED, Treatment.HALF):
             lifted = [address for address in self.layers if best.choice.treatments.get(address) is Treatment.FLOAT]
@@ -172,7 +173,7 @@ class Search:
             if lifted and self._good(best):
                 low = best.choice.lifted(lifted, treatment)
                 found = self._whole(self._try(low))
-                best = found if self._safe(found) else self._fewest(low, lifted)
+                best = found if self._safe(found, treatment) else self._fewest(low, lifted, treatment)
         if start.choice.mended and self._distance(best) > _COMFORT:
             found = self._whole(self._try(replace(best.choice, mended=True)))
             best = found if self._distance(found) < self._distance(best) else best
@@ -188,16 +189,16 @@ class Search:
             if (address := scope.address(node)) in units or address in self.layers
         ]
 
-    def _fewest(self, choice: Choice, addresses: Sequence[str]) -> Candidate:
+    def _fewest(self, choice: Choice, addresses: Sequence[str], stage: Treatment) -> Candidate:
         """The least number of groups of ``addresses`` lifted to float, worst first, for which the bounds hold."""
         order = self._by_harm(choice, addresses)
         low, high = 1, len(order)
         best = self._whole(self._try(choice.lifted(addresses, Treatment.FLOAT)))
-        while low < high and self._safe(best):
+        while low < high and self._safe(best, stage):
             middle = (low + high) // 2
             some = [address for group in order[:middle] for address in group]
             found = self._whole(self._try(choice.lifted(some, Treatment.FLOAT)))
-            if self._safe(found):
+            if self._safe(found, stage):
                 best, high = found, middle
             else:
                 low = middle + 1
@@ -242,10 +243,10 @@ class Search:
     def _good(self, candidate: Candidate) -> bool:
         return self._distance(candidate) <= 1
 
-    def _safe(self, candidate: Candidate) -> bool:
+    def _safe(self, candidate: Candidate, lifted: Treatment) -> bool:
         """Whether the bounds hold with something in hand: of many choices the one that just holds them on these data is
         likely not to on others."""
-        return self._distance(candidate) <= _IN_HAND
+        return self._distance(candidate) <= _IN_HAND[lifted]
 
     def _distance(self, candidate: Candidate) -> float:
         return candidate.fidelity.distance(self.bars)
@@ -288,7 +289,8 @@ class Search:
         return {address: reasons[address] for address in self.layers if address in reasons}
 
 
-_IN_HAND = 0.63  # of what is allowed, as noise 2 dB: what a choice may lose that the search made by trying
+_IN_HAND = {Treatment.FLOAT: 0.55, Treatment.STORED: 0.7, Treatment.HALF: 0.75}
+# of what is allowed, as noise 1 to 3 dB: the rest is for other data, and for storing smaller what was lifted to float
 _WRECKED = 0.5  # noise over signal
 _CHEAP = 0.005  # of the predicted time: what costs less counts as much
 _COMFORT = 0.25  # of what is allowed: with less harm than this no other calibrator is tried
