@@ -64,7 +64,7 @@ class QuantizeAuto(Pass):
         search = Search(model, ctx, Bars(self.max_drop, self.min_sqnr), self.target, self.keep)
         found = search.run()
         if found is None:
-            ctx.skip("model", "nothing gains: it stays as it was")
+            ctx.skip("model", "nothing gains within the bounds: it stays as it was")
             return
         search.tell(found)
         become(model, found.treated.model)
@@ -158,14 +158,16 @@ class Search:
         return best
 
     def _lifted(self, start: Candidate) -> Candidate:
-        """The least harmful units lifted to float for which the bounds hold; then as many of these layers as can be are
-        stored in 8 bits, and of the rest in 16; then what is still on integers is mended, if that helps."""
+        """The fewest units lifted to float, with weights stored in 8 bits if the bounds hold for that at all. Else with
+        their own weights, of which then as many as can be are stored in 8 bits, and of the rest in 16. In the end what
+        is still on integers is mended, if that helps."""
         units = [address for address in self._order() if start.choice.of(address) is Treatment.FAST]
-        methods = dict.fromkeys(
-            (start.choice.calibrator, get_args(Method)[0])
-        )  # what clips may do without, once lifted
+        # What had to clip may do without, once the worst is lifted.
+        methods = dict.fromkeys((start.choice.calibrator, get_args(Method)[0]))
         plain = [replace(start.choice, calibrator=method, mended=False) for method in methods]
-        ways = [self._fewest(choice, units, Treatment.FLOAT) for choice in plain]
+        stored = self._whole(self._try(plain[0].lifted(units, Treatment.STORED)))
+        to = Treatment.STORED if self._safe(stored, Treatment.STORED) else Treatment.FLOAT
+        ways = [self._fewest(choice, units, to, to) for choice in plain]
         best = min(ways, key=lambda one: (not self._good(one), one.treated.cost))
         for treatment in (Treatment.STORED, Treatment.HALF):
             lifted = [address for address in self.layers if best.choice.treatments.get(address) is Treatment.FLOAT]
@@ -173,7 +175,7 @@ class Search:
             if lifted and self._good(best):
                 low = best.choice.lifted(lifted, treatment)
                 found = self._whole(self._try(low))
-                best = found if self._safe(found, treatment) else self._fewest(low, lifted, treatment)
+                best = found if self._safe(found, treatment) else self._fewest(low, lifted, Treatment.FLOAT, treatment)
         if start.choice.mended and self._distance(best) > _COMFORT:
             found = self._whole(self._try(replace(best.choice, mended=True)))
             best = found if self._distance(found) < self._distance(best) else best
@@ -189,22 +191,23 @@ class Search:
             if (address := scope.address(node)) in units or address in self.layers
         ]
 
-    def _fewest(self, choice: Choice, addresses: Sequence[str], stage: Treatment) -> Candidate:
-        """The least number of groups of ``addresses`` lifted to float, worst first, for which the bounds hold."""
-        order = self._by_harm(choice, addresses)
+    def _fewest(self, choice: Choice, addresses: Sequence[str], to: Treatment, stage: Treatment) -> Candidate:
+        """The least number of groups of ``addresses`` lifted, worst first, for which the bounds hold with that in hand
+        which is left at this ``stage``; all of them where there is no such number."""
+        order = self._by_harm(choice, addresses, to)
         low, high = 1, len(order)
-        best = self._whole(self._try(choice.lifted(addresses, Treatment.FLOAT)))
+        best = self._whole(self._try(choice.lifted(addresses, to)))
         while low < high and self._safe(best, stage):
             middle = (low + high) // 2
             some = [address for group in order[:middle] for address in group]
-            found = self._whole(self._try(choice.lifted(some, Treatment.FLOAT)))
+            found = self._whole(self._try(choice.lifted(some, to)))
             if self._safe(found, stage):
                 best, high = found, middle
             else:
                 low = middle + 1
         return best
 
-    def _by_harm(self, choice: Choice, addresses: Sequence[str]) -> list[list[str]]:
+    def _by_harm(self, choice: Choice, addresses: Sequence[str], to: Treatment) -> list[list[str]]:
         """Groups of neighbours by the noise that the outputs lose for the time that it costs to lift them.
 
         Noise of many small sources adds up, so that is what a group puts in. Where there is more noise than signal it
@@ -215,11 +218,11 @@ class Search:
         base = self._try(choice)
         worth = []
         for group in groups:
-            lifted = self._try(choice.lifted(group, Treatment.FLOAT))
+            lifted = self._try(choice.lifted(group, to))
             harm = base.fidelity.noise - lifted.fidelity.noise
             if base.fidelity.noise > _WRECKED:
                 others = [address for address in addresses if address not in group]
-                harm = self._try(choice.lifted(others, Treatment.FLOAT)).fidelity.noise
+                harm = self._try(choice.lifted(others, to)).fidelity.noise
             worth.append(harm / max(lifted.treated.cost - base.treated.cost, _CHEAP * base.treated.cost, 1.0))
         return [group for _, group in sorted(zip(worth, groups, strict=True), key=lambda pair: -pair[0])]
 

@@ -37,7 +37,6 @@ class Treatment(enum.StrEnum):
     """How the weights of a layer are kept and how it computes, from fastest to most exact."""
 
     FAST = "fast"  # on integers where the cost table says so: static, or dynamic
-    DYNAMIC = "dynamic"  # on integers, its input quantized in each run
     STORED = "stored"  # in float, weights stored in 8 bits
     HALF = "half"  # in float, weights stored in float16
     FLOAT = "float"  # as it was
@@ -130,7 +129,7 @@ def write(
 
 def _gains(treatment: Treatment, node: ir.Node, sizes: Sizes) -> bool:
     """Whether a layer that is not static is to be dynamic."""
-    if treatment not in (Treatment.FAST, Treatment.DYNAMIC) or node.op_type not in ("MatMul", "Gemm", "LSTM"):
+    if treatment is not Treatment.FAST or node.op_type not in ("MatMul", "Gemm", "LSTM"):
         return False
     return dynamic_cost(node, sizes) < _GAIN * float_cost(node, sizes)
 
