@@ -24,7 +24,8 @@ from ..ir.errors import BadFeeds
 Array = np.ndarray[Any, Any]
 
 FINEST = -115  # the least exponent of a bin's width, so that its inverse times any such float32 is finite
-_BLOCK = 1 << 16  # elements that are counted at a time, so that they stay in the cache
+_BLOCK = 1 << 16  # elements that are counted at a time, so that they stay in the cache with their bins
+_READ = 1 << 18  # elements that are compared at a time, so that the second look finds them in the cache
 
 
 class Statistic(Protocol):
@@ -43,11 +44,12 @@ class Statistic(Protocol):
 class Point:
     """One question about one value. ``value`` is its address: a name, or ``node/then/name`` in a body.
 
-    ``asks`` says what the statistic wants of each run: the ``array`` (``update``), or only its ``extremes``
-    (``update_extremes(low, high, elements)``) or ``dims`` (``update_dims(dims, samples)``), which are found inside the
-    graph. ``elementwise``: it does not matter where in the value an element stands, and the statistic has
-    ``clipped(low, high)``, what would be known of the value had each element been clipped; so Relu, Clip and Reshape
-    cost nothing. ``checks``: the statistic itself raises ``Unfit`` for NaN and infinity; else the engine looks.
+    ``asks`` says what the statistic wants of each run: the ``array`` (``update``); its ``extremes`` (``update`` for a
+    value of the main graph, ``update_extremes(low, high, elements)`` for one in a body, where they are found inside);
+    or its ``dims`` (``update_dims(dims, samples)``), which are found inside the graph. ``elementwise``: it does not
+    matter where in the value an element stands, and the statistic has ``clipped(low, high)``, what would be known of
+    the value had each element been clipped; so Relu, Clip and Reshape cost nothing. ``checks``: the statistic itself
+    raises ``Unfit`` for NaN and infinity; else the engine looks.
     """
 
     value: str
@@ -133,7 +135,8 @@ def floats(array: Array) -> Array:
 
 def extremes(array: Array) -> tuple[float, float]:
     """The least and the greatest element of floats, at least one. Raises ``NotFinite``."""
-    low, high = float(array.min()), float(array.max())
+    found = np.array([(block.min(), block.max()) for block in _blocks(array.reshape(-1), _READ)])
+    low, high = float(found[:, 0].min()), float(found[:, 1].max())  # NaN, where there is one
     require_finite(low, high)
     return low, high
 
@@ -208,7 +211,7 @@ class Distribution:
         scaled, index = np.empty(size, array.dtype), np.empty(size, np.int32)
         total, last = np.zeros_like(self.counts), self.counts.size - 1
         low, high = self.low, self.high
-        for block in _blocks(array):
+        for block in _blocks(array, _BLOCK):
             part, place = scaled[: block.size], index[: block.size]
             with np.errstate(invalid="ignore", over="ignore"):
                 np.multiply(block, scale, out=part)
@@ -300,8 +303,8 @@ def _bin(number: float, exponent: int) -> int:
     return math.trunc(math.ldexp(number, -exponent))
 
 
-def _blocks(array: Array) -> Iterator[Array]:
-    return (array[start : start + _BLOCK] for start in range(0, array.size, _BLOCK))
+def _blocks(array: Array, size: int) -> Iterator[Array]:
+    return (array[start : start + size] for start in range(0, array.size, size))
 
 
 # Channels -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..ir.errors import BadFeeds, UsageError
-from ..passes.points import Distribution, Histogram, Point, Range, Unanswered
+from ..passes.points import Distribution, Histogram, Point, Range, Shape, Unanswered
+from ..passes.quantize.observe import doubts
 from ..passes.quantize.ranges import activations, write_ranges
 from .feeds import Feeds, read_feeds
 from .progress import Progress
@@ -54,14 +55,18 @@ def calibrate_model(
     wanted = activations(model)
     if not wanted:
         raise UsageError("The model has no float value that depends on its inputs; there is nothing to calibrate.")
-    answers, reasons = _collected(model, [Histogram(address) for address in wanted], feeds, threads, progress)
+    inputs = [Shape(value.name) for value in model.graph.inputs if value.name in wanted]
+    points: list[Point] = [*map(Histogram, wanted), *inputs]
+    answers, reasons = _collected(model, points, feeds, threads, progress)
+    samples = max((answers.pop(point).seen for point in inputs if point in answers), default=0)
     warnings = tuple(feeds.notes)
+    if doubt := doubts(feeds, samples):
+        warnings += (f"{doubt}.",)
     if reasons:
         outputs = {value.name for value in model.graph.outputs}
         if refused := [reason for point, reason in reasons.items() if point.value in outputs]:
             raise BadFeeds(refused[0])
-        points: list[Point] = [Range(point.value) for point in reasons]
-        ranges, refusals = _collected(model, points, feeds, threads, progress)
+        ranges, refusals = _collected(model, [Range(point.value) for point in reasons], feeds, threads, progress)
         answers |= {point: Distribution(low=it.low, high=it.high, seen=it.seen) for point, it in ranges.items()}
         warnings += tuple(
             f"{reason} It has a range and no histogram."

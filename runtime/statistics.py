@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 BATCH = 8  # samples that run together, at most
-FETCHED = 2**28  # bytes of values that one run hands out, at most, where fewer samples together can do that
+FETCHED = 2**26  # bytes of values that one run hands out, at most, where fewer samples together can do that
 _EQUAL = 1e-3  # difference between a sample in a batch and alone, of the largest element, that is rounding
 
 Feed = Mapping[str, Any]
@@ -245,7 +245,9 @@ class _Sweep:
                 where, remedy = "", ""
                 if isinstance(reason, NotFinite):
                     where = f" in {self._culprit(session, run, root)}"
-                    remedy = "; leave such samples out, or keep what computes it in float"
+                    given = root.point.value in self.inputs
+                    way = "put a finite number there" if given else "keep what computes it in float"
+                    remedy = f"; leave such samples out, or {way}"
                 self.reasons[root.point] = _sentence(root.point.value, f"{reason}{where}{remedy}")
 
     def _update(self, root: _Root, run: _Run, found: Mapping[str, Any], statistic: Any) -> None:

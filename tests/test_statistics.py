@@ -124,6 +124,20 @@ def test_histograms_take_extremes_of_floats() -> None:
         histogram(np.array([1]))
 
 
+def test_extremes_of_many_elements_are_exact_and_miss_no_nan() -> None:
+    x = RANDOM.standard_normal((3, 200_001)).astype(np.float32)
+    found = Range("x").start()
+    found.update(x.T)  # in no order of memory
+    found.update(np.float16(0.5) * np.ones((), np.float16))
+    assert (found.low, found.high, found.seen) == (x.min(), x.max(), x.size + 1)
+    for place, number in itertools.product((0, 300_000, x.size - 1), (np.nan, np.inf, -np.inf)):
+        bad = x.copy()
+        bad.reshape(-1)[place] = number
+        with pytest.raises(Unfit, match="holds NaN" if np.isnan(number) else "holds infinity"):
+            found.update(bad)
+    assert (found.low, found.high, found.seen) == (x.min(), x.max(), x.size + 1)
+
+
 def test_channels_and_means_are_those_of_all_samples() -> None:
     x = (1e3 * RANDOM.standard_normal((12, 5, 6))).astype(np.float32)
     channels, mean = Channels("x", axis=-1).start(), Mean("x", axis=-1).start()
@@ -252,6 +266,14 @@ def test_a_clip_or_reshape_is_not_looked_at_where_what_it_takes_is(net: ir.Model
     assert list(sweep.roots) == [Histogram("c")]
     sweep = statistics._Sweep(net, [Histogram("f"), Range("c"), Channels("r")], 1)
     assert len(sweep.roots) == 3
+
+
+def test_only_in_bodies_are_extremes_found_inside_the_graph(parse: Parse, net: ir.Model) -> None:
+    assert len(statistics._Sweep(net, [Range("c"), Range("y")], 1).watched.model.graph) == len(net.graph)
+    branches = named(parse(BRANCHES), "if")
+    watched = statistics._Sweep(branches, [Range("if/then/th")], 1).watched.model
+    reduced = [node.op_type for node in watched.graph.all_nodes() if node.op_type.startswith("Reduce")]
+    assert reduced == ["ReduceMin", "ReduceMax", "ReduceSum"]
 
 
 @dataclass
