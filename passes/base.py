@@ -36,6 +36,7 @@ __all__ = [
     "Effect",
     "Feeds",
     "Level",
+    "Limits",
     "Outputs",
     "Pass",
     "Runner",
@@ -47,6 +48,19 @@ Array = np.ndarray[Any, Any]
 Feeds = Iterable[Mapping[str, Array]]  # one mapping of model inputs for each run; can be walked more than once
 Outputs = Mapping[str, Any]  # arrays, or lists, dicts and None for sequences, maps and empty optionals
 Level = str  # an optimization level of ONNX Runtime: "off", "basic", "extended" or "all"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows a run to lose; a pass that searches keeps within it. ``None`` bounds nothing.
+
+    ``max_drop``: loss of the metric, absolute. ``max_error``: max|Δ|/max|y| of each float output. ``min_sqnr``: signal
+    to quantization noise ratio of each float output, in dB.
+    """
+
+    max_drop: float | None = None
+    max_error: float | None = None
+    min_sqnr: float | None = None
 
 
 class Effect(enum.Enum):
@@ -79,8 +93,8 @@ class Runner(Protocol):
         """The user's metric; higher is better."""
         ...
 
-    def time(self, models: Sequence[ir.Model], feeds: Feeds) -> list[float]:
-        """Seconds a run for each model, interleaved in one go."""
+    def time(self, models: Sequence[ir.Model], feeds: Feeds, seconds: float = 1.0) -> list[float]:
+        """Seconds a run for each model, interleaved in one go, which takes about ``seconds`` for each."""
         ...
 
     def newest_opset(self) -> int:
@@ -123,7 +137,14 @@ class Context:
         self.step = step
         self.seed = seed
         self.ledger = Ledger()
+        self.metric_before: float | None = given.pop("metric_before", None)  # of the model as the run found it
         self._given = given
+
+    @property
+    def limits(self) -> Limits:
+        """What the user allows the run as a whole to lose: nothing is bounded where nothing was said."""
+        found: Limits | None = self._given.get("limits")
+        return found or Limits()
 
     def has(self, name: str) -> bool:
         """Whether the field ``name`` was given."""
@@ -131,7 +152,7 @@ class Context:
 
     def for_step(self, step: str) -> Context:
         """The same world with an empty ledger, for the next pass."""
-        return Context(step=step, seed=self.seed, **self._given)
+        return Context(step=step, seed=self.seed, metric_before=self.metric_before, **self._given)
 
     def change(self, subject: object, what: str, **numbers: Number) -> None:
         """Write down that ``subject`` (a weight, node, value or address) was changed."""
@@ -141,6 +162,11 @@ class Context:
     def skip(self, subject: object, reason: str) -> None:
         """Write down that ``subject`` was left alone, and why."""
         self.ledger.skips.append(Skip(_address(subject), reason))
+
+    def warn(self, sentence: str) -> None:
+        """Warn the user, once, of what makes the result doubtful; under ``--strict`` that is an error."""
+        if sentence not in self.ledger.warnings:
+            self.ledger.warnings.append(sentence)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ class Skip:
 
 @dataclass
 class Ledger:
-    """The changes and skips of one run of one pass, in the order in which they happened."""
+    """The changes and skips of one run of one pass, in the order in which they happened, and sentences of warning."""
 
     changes: list[Change] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def reasons(self) -> dict[str, int]:
         """How many subjects were skipped for each reason, most first."""

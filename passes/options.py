@@ -29,8 +29,15 @@ WORD = re.compile(r"[^\s,{}()'=]+")
 
 
 def keys(cls: type[Any]) -> dict[str, str]:
-    """The options of a pass: the key as it is written (kebab-case) and the name of the field."""
-    return {item.name.replace("_", "-"): item.name for item in dataclasses.fields(cls) if item.init}
+    """The options of a pass: the key as it is written (kebab-case) and the name of the field.
+
+    A field that would be a word of Python's ends in ``_``, which is not written: ``with_`` is ``with``.
+    """
+    return {_key(item.name): item.name for item in dataclasses.fields(cls) if item.init}
+
+
+def _key(name: str) -> str:
+    return name.rstrip("_").replace("_", "-")
 
 
 def field_types(cls: Any) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def format_options(instance: Any) -> str:
         default = item.default_factory() if callable(item.default_factory) else item.default
         value = getattr(instance, item.name)
         if item.init and value != default:
-            shown.append(f"{item.name.replace('_', '-')}={format_value(value)}")
+            shown.append(f"{_key(item.name)}={format_value(value)}")
     return "{" + " ".join(shown) + "}" if shown else ""
 
 

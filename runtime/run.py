@@ -19,7 +19,7 @@ from ..ir.files import load
 from ..ir.interrupts import uninterrupted
 from ..ir.summary import figures
 from ..ir.verify import verify
-from ..passes.base import Context, Feeds
+from ..passes.base import Context, Feeds, Limits
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
 from .check import Breach, Checker, bisect, changes_interface, compare_reference, judge_models, unvisited
@@ -49,16 +49,8 @@ class BoundExceeded(PenjingError):
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """What the user allows a run to lose. ``None`` bounds nothing.
-
-    ``max_drop``: loss of the metric, absolute. ``max_error``: max|Δ|/max|y| of each float output. ``min_sqnr``: signal
-    to quantization noise ratio of each float output, in dB.
-    """
-
-    max_drop: float | None = None
-    max_error: float | None = None
-    min_sqnr: float | None = None
+class Bounds(Limits):
+    """The limits of a run, which it is held to at the end."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -146,6 +138,7 @@ def run(
         labels=read_labels(labels) if given is None and labels is not None else getattr(given, "labels", None),
         metric=score,
         runner=runner,
+        limits=bounds,
     )
     report = Report(model.meta.get("penjing.path"), str(pipeline), seed, figures(model), check=CheckReport(check))
     prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress, large)
@@ -186,7 +179,7 @@ class _Proof:
         self.feeds = self._choose_feeds(checked)
         if self.runner.metric is not None:
             self.progress.say("the metric before")
-            score = self.runner.score(self.model)
+            score = self.ctx.metric_before = self.runner.score(self.model)
             self.report.metric = MetricReport(self.runner.metric_name, score, max_drop=self.bounds.max_drop)
         work = self.model.clone()
         work.meta.update(self.model.meta)  # where it came from, and so how it will be saved; onnx_ir drops it
@@ -232,6 +225,7 @@ class _Proof:
             raise self._breach(exceeded, self._worst(work))
         if exceeded := self.bounds.exceeded(None, report.metric):
             raise self._breach(exceeded)
+        report.warnings += [f"{entry.name}: {warning}" for entry in report.passes for warning in entry.ledger.warnings]
         report.warnings += unchanged(report.passes)
         if strict and report.warnings:
             raise self._breach(f"Under --strict a warning is an error: {report.warnings[0]}")

@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from ..ir import files
-from ..ir.address import printable
+from ..ir.address import bodies, printable
 from ..ir.apart import Gone, apart
 from ..ir.errors import BadFile, PenjingError, UsageError, nearest, one_line
 from ..ir.interrupts import uninterrupted
@@ -162,7 +162,7 @@ def open_session(
     """A session on the CPU that logs nothing.
 
     ``prepack=None`` packs the weights of a model up to ``LARGE`` bytes (and of any file given by its path), and maps
-    those of a larger one without a copy. Packing changes the last bits of a MatMul: two sessions that are compared
+    those of a larger one without a copy; what is not to be packed is mapped from ``_INLINE`` bytes on. Packing changes the last bits of a MatMul: two sessions that are compared
     need the same choice. ``bounded`` makes a run fail that wants more than ``TRIAL_BYTES`` for activations. ``planned``
     lets a run take its memory in one piece where one before had equal shapes; until then there is that of both.
 
@@ -174,7 +174,8 @@ def open_session(
         size = tensor_bytes(model)
         options = _options(level, threads, size <= LARGE if prepack is None else prepack, bounded)
         options.enable_mem_pattern = planned
-        return _open_model(model, size, options)
+        mapped = size > LARGE or (prepack is False and size > _INLINE)
+        return _open_mapped(model, options) if mapped else _open(_inline(model), options)
     return _open(os.fspath(model), _options(level, threads, prepack is not False, bounded))
 
 
@@ -325,12 +326,12 @@ class OrtRunner:
         """The newest version of the ONNX domain that the installed ONNX Runtime takes."""
         return limits()[0]
 
-    def time(self, models: Sequence[ir.Model], feeds: Feeds) -> list[float]:
+    def time(self, models: Sequence[ir.Model], feeds: Feeds, seconds: float = 1.0) -> list[float]:
         """Median seconds a run of each model, interleaved; CPU seconds where this runner has one thread."""
         from .measure import median_seconds
 
         sessions = [open_session(model, threads=self.threads, prepack=True) for model in models]
-        return median_seconds(sessions, feeds, threads=self.threads)
+        return median_seconds(sessions, feeds, threads=self.threads, seconds=seconds)
 
 
 def _takes(opset: int, ir_version: int) -> bool:
@@ -375,7 +376,6 @@ def _options(level: str, threads: int, prepack: bool, bounded: bool) -> Any:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("optimization.disable_specified_optimizers", _COPYING)
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else what only constants feed is all made first
         options.enable_cpu_mem_arena = False  # it would keep what a run took
     if bounded:
         _bound_arena()
@@ -414,10 +414,9 @@ def _open(source: str | bytes, options: Any) -> InferenceSession:
     return cast("InferenceSession", session)
 
 
-def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
-    """From memory where the weights are few; else mapped, from the file they are in or from a temporary one."""
-    if size <= LARGE:
-        return _open(_inline(model), options)
+def _open_mapped(model: ir.Model, options: Any) -> InferenceSession:
+    """With the weights mapped from the file that they are in, or from a temporary one."""
+    model = _constants_first(model)
     _give_back()
     if (folder := _only_folder(model)) is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
@@ -431,6 +430,34 @@ def _open_model(model: ir.Model, size: int, options: Any) -> InferenceSession:
         return _open(path, options)
     finally:
         scratch.cleanup()  # what is mapped stays readable, and a process that is killed leaves nothing behind
+
+
+def _constants_first(model: ir.Model) -> ir.Model:
+    """The model with the nodes that only constants feed, such as decoders of weights, before all others.
+
+    ONNX Runtime goes back from the outputs, and of what a node reads it makes that last which has the lowest number:
+    so what a node computes from constants is made right before that node, and not all of it before the first.
+    """
+    if not any(node.inputs for node in _made_of_constants(model)):
+        return model
+    model = model.clone()
+    first, graph = list(_made_of_constants(model)), model.graph
+    graph.remove(first)
+    if len(graph):
+        graph.insert_before(graph[0], first)
+    else:
+        graph.extend(first)
+    return model
+
+
+def _made_of_constants(model: ir.Model) -> dict[ir.Node, None]:
+    """The nodes of the main graph that read nothing but constants, and what such nodes make of them."""
+    found: dict[ir.Node, None] = {}
+    for node in model.graph:
+        made = (read is None or read.is_initializer() or read.producer() in found for read in node.inputs)
+        if all(made) and not any(bodies(node)):
+            found[node] = None
+    return found
 
 
 def _give_back() -> None:

@@ -198,10 +198,10 @@ def test_nan_is_told(parse: Parse) -> None:
 
 
 def test_few_runs_are_spread_over_the_data() -> None:
-    from penjing.passes.quantize.bias import _Some
+    from penjing.passes.feeds import Some
     from penjing.runtime.feeds import Feeds
 
     runs = [{"x": np.array([number])} for number in range(10)]
-    assert [run["x"][0] for run in _Some(Feeds("test", lambda: iter(runs), runs=10), 3)] == [0, 4, 8]
-    assert [run["x"][0] for run in _Some(runs, 3)] == [0, 1, 2]
-    assert len(list(_Some(runs, 99))) == 10
+    assert [run["x"][0] for run in Some(Feeds("test", lambda: iter(runs), runs=10), 3)] == [0, 4, 8]
+    assert [run["x"][0] for run in Some(runs, 3)] == [0, 1, 2]
+    assert len(list(Some(runs, 99))) == 10

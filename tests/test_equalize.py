@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -12,9 +13,10 @@ from penjing.ir.verify import verify
 from penjing.ir.weights import weights
 from penjing.models import zoo
 from penjing.passes.base import Context, Effect
+from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize.equalize import Equalize
 from penjing.passes.quantize.seam_search import seams
-from penjing.passes.quantize.seams import powers, unevenness
+from penjing.passes.quantize.seams import NOT_FINITE, powers, unevenness
 from penjing.passes.selection import Selection
 from penjing.runtime.session import OrtRunner
 
@@ -218,7 +220,7 @@ def test_functions_that_are_not_homogeneous_stop_it(parse: Parse, function: str)
 HELD = {
     "an output of a graph": ("(float[1,2,4,4] y, float[1,2,4,4] h)", "it is an output of a graph"),
     "read by another operator": ("(float[1,2,4,4] y, float[1,2,4,4] e)", "Exp reads it and takes no factors"),
-    "a weight used twice": ("(float[1,2,4,4] y, float[1,2,4,4] z)", "the constant 'w' of Conv has other uses"),
+    "a weight used twice": ("(float[1,2,4,4] y, float[1,2,4,4] z)", "a constant of Conv has other uses"),
 }
 
 
@@ -248,7 +250,7 @@ def test_half_precision_and_normalizations_stay(parse: Parse) -> None:
         m (float16[1,2,4,4] x) => (float16[1,2,4,4] y)
         <float16[2,2,1,1] w = {1, 2, 3, 4}, float16[2,2,1,1] v = {1, 1, 1, 1}>
         { h = Conv (x, w) y = Conv (h, v) }""")
-    assert "the constant 'w' of Conv is not stored as floats with room for factors" in equalize(half).ledger.reasons()
+    assert "a constant of Conv is not stored as floats with room for factors" in equalize(half).ledger.reasons()
     ctx = equalize(zoo.load("vit"))
     assert not ctx.ledger.changes
     assert reasons(ctx)["layer_norm"].startswith("a normalization makes it")
@@ -271,7 +273,7 @@ def test_pinned_channels_of_a_concat_stay_and_the_others_move(parse: Parse) -> N
 def test_only_and_keep() -> None:
     ctx = equalize(zoo.load("cnn-a"), keep=Selection(("7.branch.3.weight",)))
     assert {"relu_2", "relu_3"}.isdisjoint(change.subject for change in ctx.ledger.changes)
-    assert reasons(ctx)["relu_2"] == "7.branch.3.weight: kept by request"
+    assert reasons(ctx)["relu_2"] == "a weight beside it: kept by request"
     ctx = equalize(zoo.load("cnn-a"), only=Selection(("7.branch.0.weight", "7.branch.3.weight")))
     assert [change.subject for change in ctx.ledger.changes] == ["relu_2"]
 
@@ -295,3 +297,49 @@ def test_figures() -> None:
     assert powers(np.array([1.2, 0.9, np.nan]), free).tolist() == [0, 0, 0]
     assert powers(np.array([3.2, 0.0, 0.0]), free).tolist() == [3, 0, 0]
     assert powers(np.array([3.2, 99.0, 0.0]), free & [True, True, False]).tolist() == [3, 24, 0]
+
+
+def extreme(kind: str) -> ir.Model:
+    """Two layers; some channels of the first are so large or small that factors would push them out of float32."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((8, 8, 1, 1)).astype(np.float32) for _ in range(2))
+    if kind == "huge":
+        first[2] *= 1e30
+        first[3] *= 1e-3
+    elif kind == "tiny":
+        first[2] = 1e-40
+        first[3] *= 1e3
+    else:
+        first[3] *= 1e3
+        first[2, 1] = {"infinite": np.inf, "nan": np.nan}[kind]
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["h"]),
+        onnx.helper.make_node("Relu", ["h"], ["r"]),
+        onnx.helper.make_node("Conv", ["r", "v"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 8, 4, 4]) for name in "xy"]
+    weights = [onnx.numpy_helper.from_array(array, name) for array, name in ((first, "w"), (second, "v"))]
+    graph = onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pass_", ["equalize", "smooth", "smooth{insert=yes}"])
+@pytest.mark.parametrize("kind", ["huge", "tiny", "infinite", "nan"])
+def test_channels_out_of_reach_are_held(kind: str, pass_: str) -> None:
+    """The others may still be scaled, and the outputs are the same to the bit."""
+    model = extreme(kind)
+    data = [{"x": np.random.default_rng(1).standard_normal((1, 8, 4, 4)).astype(np.float32)} for _ in range(2)]
+    work = model.clone()
+    (step,) = Pipeline.of(pass_).run(work, Context(runner=OrtRunner(), data=data))
+    before, after = ({name: v.const_value.numpy() for name, v in m.graph.initializers.items()} for m in (model, work))
+    assert np.array_equal(before["w"][2], after["w"][2], equal_nan=True)
+    if kind in ("infinite", "nan"):
+        assert np.array_equal(before["w"], after["w"], equal_nan=True)
+        assert NOT_FINITE in step.ledger.reasons()
+    else:
+        assert not np.array_equal(before["w"], after["w"])
+    with np.errstate(all="ignore"):
+        for wanted, found in zip(OrtRunner().run(model, data), OrtRunner().run(work, data), strict=True):
+            assert np.array_equal(wanted["y"], found["y"], equal_nan=True)

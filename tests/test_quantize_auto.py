@@ -18,8 +18,8 @@ from penjing.ir.files import load, saved_bytes
 from penjing.ir.text import text
 from penjing.ir.verify import verify
 from penjing.passes.base import Context
+from penjing.passes.judge import Bars, Fidelity, Judge
 from penjing.passes.quantize.auto import QuantizeAuto
-from penjing.passes.quantize.judge import Bars, Fidelity, Judge
 from penjing.runtime.kernels import kernels
 from penjing.runtime.session import OrtRunner
 

@@ -461,3 +461,157 @@ def test_ranges_of_another_model_are_refused(tmp_path: Path) -> None:
     path.write_text('{"format": 1, "values": {"other": {"low": -4, "high": 4}}}')
     with pytest.raises(BadFile, match="another model"):
         QuantizeStatic(ranges=str(path)).run(convs(1), Context(runner=OrtRunner()))
+
+
+# The truth about kernels ----------------------------------------------------------------------------------------------
+
+
+def fanned(operator: str = "Conv") -> ir.Model:
+    """Layers one after the other, and two that read one value; then one that reads both."""
+    net = Net()
+
+    def layer(value: str, channels: int = 16) -> str:
+        if operator == "Conv":
+            return net.op("Relu", net.op("Conv", value, net.weight(16, channels, 3, 3), pads=[1] * 4))
+        return net.op("Sigmoid", net.op("MatMul", value, net.weight(channels, 16)))
+
+    shared = layer(layer("x"))
+    both = net.op("Concat", layer(shared), layer(shared), axis=1)
+    layer(net.op("Tanh", layer(both, 32)))
+    return net.model([1, 16, 12, 12] if operator == "Conv" else [4, 16])
+
+
+@pytest.mark.parametrize("activations", ["u8", "s8", "u16", "s16"])
+@pytest.mark.parametrize("operator", ["Conv", "MatMul"])
+def test_the_ledger_says_on_integers_where_the_runtime_does_so(activations: str, operator: str) -> None:
+    """int8 that several operators read stays int8, for which there is no kernel; nor is there for 16 bits."""
+    model = fanned(operator)
+    data = feeds(1, 16, 12, 12) if operator == "Conv" else feeds(4, 16)
+    work, ctx = quantized(model, data, activations=activations, **ANY)
+    found = kernels(work)
+    told = [change.subject for change in ctx.ledger.changes if change.what == f"{operator} on integers"]
+    if activations.endswith("16"):
+        assert told == [name for name in found.integer if name.startswith("QLinear")] == []
+    else:
+        assert len(told) == found.fused > 2
+        assert (found.fused == found.layers) == (activations == "u8")
+        assert {one.address for one in found.floating}.isdisjoint(told)
+    others = [what for what in ctx.ledger.deeds() if "as QDQ, for which ONNX Runtime has no integer kernel" in what]
+    assert bool(others) == (activations != "u8")
+    assert sqnr(model, work, data) > 25
+
+
+def test_a_clip_that_no_power_of_two_ends_with_stays_float() -> None:
+    net = Net()
+    ends = [net.constant(np.float32(end)) for end in (0, 6)]
+    value = net.op(
+        "Clip", net.op("Conv", "x", net.weight(16, 16, 3, 3), net.constant(np.full(16, 9, np.float32))), *ends
+    )
+    net.op("Relu", net.op("Conv", value, net.weight(16, 16, 3, 3)))
+    model, data = net.model([1, 16, 12, 12]), feeds(1, 16, 12, 12)
+    work, ctx = quantized(model, data, scale="power-of-two", **ANY)
+    assert kernels(work).fused == sum(change.what == "Conv on integers" for change in ctx.ledger.changes) == 1
+    assert "no power of two ends where Clip does, so ONNX Runtime has no kernel for both" in ctx.ledger.reasons()
+    assert sqnr(model, work, data) > 25
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (32,), (1,), (), (1, 1)])
+@pytest.mark.parametrize("turned", [0, 1])
+def test_the_bias_of_a_gemm_becomes_flat(shape: tuple[int, ...], turned: int) -> None:
+    net = Net()
+    weight = net.weight(32, 16) if turned else net.weight(16, 32)
+    net.op("Tanh", net.op("Gemm", "x", weight, net.weight(*shape, scale=1), transB=turned))
+    model, data = net.model([4, 16]), feeds(4, 16)
+    work, _ = quantized(model, data, **ANY)
+    assert kernels(work).fused == 1
+    assert sqnr(model, work, data) > 30
+
+
+def in_a_body(operator: str, *, typed: bool) -> ir.Model:
+    """h' = tanh(h W), five times over; the body does not say the types of its inputs unless ``typed``."""
+    net, body = Net(), Net(1)
+
+    def info(name: str, kind: int, shape: list[int]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape) if typed else onnx.ValueInfoProto(name=name)
+
+    weight = net.weight(16, 16)
+    body.op("Tanh", body.op("MatMul", "h", weight), output="next")
+    if operator == "Loop":
+        body.op("Identity", "go", output="on")
+        inputs = [helper.make_tensor_value_info("i", TensorProto.INT64, [])]
+        inputs += [helper.make_tensor_value_info("go", TensorProto.BOOL, []), info("h", TensorProto.FLOAT, [4, 16])]
+        outputs = [helper.make_tensor_value_info("on", TensorProto.BOOL, []), info("next", TensorProto.FLOAT, [4, 16])]
+        graph = helper.make_graph(body.nodes, "body", inputs, outputs)
+        net.op("Loop", net.constant(np.array(5)), net.constant(np.array(True)), "x", body=graph)
+        return net.model([4, 16])
+    body.op("Add", "next", "e", output="sum")
+    inputs = [info("h", TensorProto.FLOAT, [1, 16]), info("e", TensorProto.FLOAT, [1, 16])]
+    outputs = [info("next", TensorProto.FLOAT, [1, 16]), info("sum", TensorProto.FLOAT, [1, 16])]
+    graph = helper.make_graph(body.nodes, "body", inputs, outputs)
+    start = net.constant(np.ones((1, 16), np.float32))
+    net.nodes.append(
+        helper.make_node("Scan", [start, "x"], ["last", "all"], name="scan", body=graph, num_scan_inputs=1)
+    )
+    return net.model([5, 1, 16], output="all")
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Scan"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_inputs_of_bodies_need_not_say_their_types(operator: str, typed: bool) -> None:
+    model = in_a_body(operator, typed=typed)
+    data = feeds(4, 16) if operator == "Loop" else feeds(5, 1, 16)
+    work, _ = quantized(model, data, **ANY)
+    assert kernels(work).fused == 1
+    assert sqnr(model, work, data) > 25
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("quantize-weights", "its weight is decoded from integers; dequantize it first"),
+        ("quantize-dynamic", "quantized already"),
+        ("to-float16", "its weight is stored in half precision"),
+    ],
+)
+def test_what_another_pass_stored_is_not_quantized_twice(before: str, reason: str) -> None:
+    """Nor are the operators that decode it, or that put an integer product back to scale."""
+    net = Net()
+    value = net.op("Tanh", net.op("MatMul", "x", net.weight(64, 64)))
+    net.op("Tanh", net.op("MatMul", value, net.weight(64, 64)))
+    model, data = net.model([4, 64]), feeds(4, 64)
+    Pipeline.of(before).run(model, Context(runner=OrtRunner()))
+    work, ctx = quantized(model, data, **ANY)
+    assert ctx.ledger.reasons()[reason] >= 2
+    for wanted, found in zip(OrtRunner().run(model, data), OrtRunner().run(work, data), strict=True):
+        rounding = 0.03 if before == "to-float16" else 1e-6  # whose weights are stored smaller still
+        np.testing.assert_allclose(found["v3"], wanted["v3"], atol=rounding)
+
+
+def test_no_logarithm_of_what_was_rounded() -> None:
+    """Small numbers and zero lie far apart in a logarithm, and a step from each other on integers."""
+    net = Net()
+    value = net.op("Softmax", net.op("Mul", net.op("MatMul", "x", net.weight(32, 32)), net.constant(np.float32(4))))
+    net.op("Log", net.op("Add", value, net.constant(np.float32(1e-6))))
+    model, data = net.model([4, 32]), feeds(4, 32)
+    work, ctx = quantized(model, data, **ANY)
+    assert kernels(work).fused == 1
+    assert any("a logarithm is taken of it" in skip.reason for skip in ctx.ledger.skips)
+    assert sqnr(model, work, data) > 30
+
+
+def test_an_input_that_masks_with_infinity_is_no_fault() -> None:
+    net = Net()
+    query, key = (net.op("MatMul", "x", net.weight(32, 32)) for _ in range(2))
+    scores = net.op("MatMul", query, net.op("Transpose", key, perm=[1, 0]))
+    masked = net.op("Add", scores, net.op("Unsqueeze", "mask", net.constant(np.array([0]))))
+    net.op("MatMul", net.op("Softmax", masked), "x")
+    shapes = {"x": [8, 32], "mask": [8]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    outputs = [helper.make_tensor_value_info(net.nodes[-1].output[0], TensorProto.FLOAT, None)]
+    graph = helper.make_graph(net.nodes, "net", inputs, outputs, net.constants)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    data = [{**feed, "mask": np.where(np.arange(8) < 5, 0, -np.inf).astype(np.float32)} for feed in feeds(8, 32)]
+    work, ctx = quantized(model, data, **ANY)
+    assert kernels(work).fused >= 3
+    assert any("holds infinity in run 0" in reason for reason in ctx.ledger.reasons())
+    assert sqnr(model, work, data) > 20

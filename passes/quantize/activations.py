@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from ...ir.constants import constant_array
+from ...ir.edit import become
 from ...ir.match import Replacement, Rule, decline, rule
+from ...ir.opset import NoConversion, raise_opset
+from ...ir.scopes import scopes
 from ..base import Context, Effect, Pass, register
 from ..rewrite import Tape, rewrite
 
@@ -17,10 +22,12 @@ _CLIPPED = "Clip(Add(x, offset), low, high)"
 
 @register("fuse-activations")
 class FuseActivations(Pass):
-    """Write HardSigmoid and HardSwish as HardSigmoid and Mul, and constant Sub and Div as Add and Mul.
+    """Write HardSigmoid and HardSwish as HardSigmoid and Mul, Gelu by tanh as Gelu, and constant Sub and Div as Add and
+    Mul.
 
     Exporters of older opsets write x * min(max(x + 3, 0), 6) / 6 in four operators, each of which walks over the whole
-    tensor; ONNX Runtime's CPU has kernels for the two that this leaves, in float as on integers.
+    tensor; ONNX Runtime's CPU has kernels for the two that this leaves, in float as on integers. For the nine of
+    x / 2 * (1 + tanh(√(2/π) * (x + 0.044715 x³))) it has one, Gelu of opset 20, to which the model is raised for it.
     """
 
     def effect(self) -> Effect:
@@ -30,6 +37,25 @@ class FuseActivations(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Rewrites every graph, to a fixed point."""
         rewrite(model, RULES, ctx)
+        if any(node.op_type == "Tanh" for scope in scopes(model) for node in scope.graph):
+            _fuse_gelu(model, ctx)
+
+
+def _fuse_gelu(model: ir.Model, ctx: Context) -> None:
+    """Raises the opset only where that finds a Gelu."""
+    trial, own = model.clone(), ctx.for_step(ctx.step)
+    stamp = trial.opset_imports.get("", _GELU_OPSET)
+    try:
+        if stamp < _GELU_OPSET:
+            raise_opset(trial, _GELU_OPSET)
+    except NoConversion as error:
+        ctx.skip("model", f"Gelu by tanh was not looked for: {error}")
+        return
+    if rewrite(trial, _gelu_rules(), own):
+        if stamp < _GELU_OPSET:
+            ctx.change("main graph", f"opset {stamp} to {_GELU_OPSET}, for Gelu")
+        ctx.ledger.changes += own.ledger.changes
+        become(model, trial)
 
 
 @rule(f"Div({_CLIPPED}, divisor)")
@@ -90,6 +116,48 @@ RULES: list[Rule] = [
     subtraction_of_constant,
     division_by_constant,
 ]
+
+
+@functools.cache
+def _gelu_rules() -> list[Rule]:
+    """One for each way to write it; made when a model has a Tanh, for both ways round of all of them are many."""
+    return [rule(outer.format(inner))(function) for inner, function in _GELU_INNER.items() for outer in _GELU_OUTER]
+
+
+def gelu_by_tanh(
+    tape: Tape, x: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
+) -> Replacement:
+    _require_float(x)
+    wanted = {cubic: 0.044715, root: math.sqrt(2 / math.pi), one: 1.0, half: 0.5}
+    if not all(math.isclose(_number(value), number, rel_tol=1e-5) for value, number in wanted.items()):
+        decline("its numbers are not those of Gelu")
+    return tape.Gelu(x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+def gelu_by_tanh_and_power(
+    tape: Tape, x: ir.Value, power: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
+) -> Replacement:
+    if _number(power) != 3:
+        decline("its numbers are not those of Gelu")
+    return gelu_by_tanh(tape, x, cubic, root, one, half)
+
+
+def gelu_by_tanh_factored(
+    tape: Tape, x: ir.Value, unit: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
+) -> Replacement:
+    if _number(unit) != 1:
+        decline("its numbers are not those of Gelu")
+    return gelu_by_tanh(tape, x, cubic, root, one, half)
+
+
+_GELU_OPSET = 20
+_GELU_INNER: dict[str, Callable[..., Replacement]] = {
+    "Tanh(Mul(Add(x, Mul(Mul(Mul(x, x), x), cubic)), root))": gelu_by_tanh,
+    "Tanh(Mul(Add(x, Mul(x, Mul(x, Mul(x, cubic)))), root))": gelu_by_tanh,
+    "Tanh(Mul(Add(x, Mul(Pow(x, power), cubic)), root))": gelu_by_tanh_and_power,
+    "Tanh(Mul(Mul(x, root), Add(Mul(Mul(x, cubic), x), unit)))": gelu_by_tanh_factored,
+}
+_GELU_OUTER = ("Mul(x, Mul(Add({}, one), half))", "Mul(Mul(x, half), Add({}, one))", "Mul(Mul(x, Add({}, one)), half)")
 
 
 def _hard_sigmoid(tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, divisor: float) -> ir.Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from ...ir.trace import Use, constant
 from ...ir.view import reads
 from ...ir.weights import Weight, weights
 from ..base import Array, Context, Effect, Feeds, Pass, register
+from ..feeds import Some
 from ..points import Mean
 from ..selection import NOTHING, Selection, left_out
 from .original import Layer, answers, original, quantized_layers
@@ -57,7 +57,7 @@ class CorrectBias(Pass):
         """Raises ``NeedsData`` without sample data or the float model."""
         float_model, trial = original(model, ctx), model.clone()
         found = self._biases(trial, float_model, ctx)
-        data = _Some(ctx.data, self.runs)
+        data = Some(ctx.data, self.runs)
         wanted = _means(float_model, {bias: bias.wanted for bias in found}, data, ctx)
         before = _means(trial, {bias: bias.output for bias in wanted}, data, ctx)
         names, means = Names(trial), before
@@ -263,19 +263,6 @@ def _groups(model: ir.Model, found: Sequence[_Bias], most: int) -> Iterator[list
     for number in range(parts):
         part = order[number * len(order) // parts : (number + 1) * len(order) // parts]
         yield [bias for level in part for bias in levels[level]]
-
-
-@dataclass(frozen=True)
-class _Some:
-    """At most ``count`` runs of ``feeds``, evenly spaced where it is known how many there are."""
-
-    feeds: Feeds
-    count: int
-
-    def __iter__(self) -> Iterator[Mapping[str, Array]]:
-        total = getattr(self.feeds, "runs", None)
-        step = -(-total // self.count) if total else 1
-        return itertools.islice(self.feeds, 0, step * self.count, step)
 
 
 def _along(by: Array, rank: int) -> Array:

@@ -1,11 +1,12 @@
 """What operators cost in float and on int8, in nanoseconds of one thread: from a table, so that decisions repeat.
 
-    integer_cost(node, shapes) + quantize_cost(n) + dequantize_cost(m) < float_cost(node, shapes)
+    table = Table.of("cpu-vnni")
+    table.integer_cost(node) + table.quantize_cost(n) + table.dequantize_cost(m) < table.float_cost(node)
 
-``costs.json`` was measured by ``tests/benchmarks/costs.py``: grids of sizes for classes of operators. Between the
-points of a grid the time per unit of work (a multiply-add, an element) is interpolated in log space. Beyond its upper
-edges that stays what it is there; below the lower ones the time itself does. Absolute times are those of the machine
-that the table names; ratios carry further.
+``costs-vnni.json`` and ``costs-avx2.json`` were measured by ``tests/benchmarks/costs.py``: grids of sizes for classes
+of operators. Between the points of a grid the time per unit of work (a multiply-add, an element) is interpolated in log
+space. Beyond its upper edges that stays what it is there; below the lower ones the time itself does. Absolute times are
+those of the machine that the table names; ratios carry further.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import importlib.resources
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import onnx_ir as ir
 
@@ -23,27 +25,19 @@ from ...ir.constants import is_constant
 from ...ir.kernels import bounds
 from ...ir.ops import operator
 
+Target: TypeAlias = Literal["cpu-vnni", "cpu-avx2", "any"]
+"""Processors with integer dot products (AVX512-VNNI, AVX-VNNI); with AVX2 alone; or whatever there will be."""
+
 Dims: TypeAlias = Sequence[int]
 Shapes: TypeAlias = Mapping[str, Dims] | Callable[[ir.Value], Dims | None] | None
 """How big values are: by name, or by a function; else the value's own shape. An unknown dimension counts as 1."""
 
-__all__ = [
-    "Shapes",
-    "blocked_cost",
-    "call_overhead",
-    "dequantize_cost",
-    "dynamic_cost",
-    "float_cost",
-    "integer_cost",
-    "quantize_cost",
-    "transpose_cost",
-    "weights_cost",
-]
+__all__ = ["Shapes", "Table", "Target"]
 
 _FREE = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Shape")
 _CONV_FUSED = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "BatchNormalization")  # if float
 _TRANSPARENT = ("BatchNormalization", "HardSwish", "HardSigmoid", "QuantizeLinear", "DequantizeLinear")
-_DYNAMIC = ("MatMul", "Gemm", "LSTM")
+DYNAMIC = ("MatMul", "Gemm", "LSTM")
 _BLOCK = 16  # channels that a float convolution computes together
 _ODD = {"float": 1.4, "integer": 2.2, "line-float": 1.0, "line-integer": 2.0}
 """By how much a depthwise convolution is slower where the last block of channels is not full."""
@@ -54,70 +48,81 @@ _NEAR = 8  # operators that stand between a convolution and one that keeps to it
 # What is asked --------------------------------------------------------------------------------------------------------
 
 
-def float_cost(node: ir.Node, shapes: Shapes = None) -> float:
-    """Nanoseconds of ``node`` in float between float neighbours: what merges with a Conv before it is free."""
-    if _merges(node):
-        return 0.0
-    return _cost(node, shapes, "float")
+@dataclass(frozen=True)
+class Table:
+    """Measured times on one kind of processor: ``call`` in nanoseconds, rows by operator at numbers of ``elements`` in
+    nanoseconds per element, and grids by class of layer in nanoseconds per multiply-add."""
 
+    call: float  # what a node takes however little it does
+    elements: Sequence[int]
+    elementwise: Mapping[str, Mapping[str, Sequence[float]]]
+    grids: Mapping[str, Mapping[str, Any]]
+    machine: Mapping[str, Any]
 
-def integer_cost(node: ir.Node, shapes: Shapes = None) -> float:
-    """Nanoseconds of ``node`` in its integer kernel, integers in and out; infinite for an operator that has none."""
-    if operator(node).integer is None:
-        return 0.0 if bounds(node) is not None else math.inf
-    return _cost(node, shapes, "integer")
+    @staticmethod
+    @functools.cache
+    def of(target: Target) -> Table:
+        """The table for a target; for ``any`` that of processors with integer dot products."""
+        name = "costs-avx2.json" if target == "cpu-avx2" else "costs-vnni.json"
+        found = json.loads(importlib.resources.files(__package__).joinpath(name).read_text("utf-8"))
+        return Table(**{key: found[key] for key in ("call", "elements", "elementwise", "grids", "machine")})
 
+    def float_cost(self, node: ir.Node, shapes: Shapes = None) -> float:
+        """Nanoseconds of ``node`` in float between float neighbours: what merges with a Conv before it is free."""
+        return 0.0 if _merges(node) else _cost(self, node, shapes, "float")
 
-def dynamic_cost(node: ir.Node, shapes: Shapes = None) -> float:
-    """Nanoseconds of a MatMul, Gemm, LSTM on weights of 8 bits that quantizes its input itself; else infinite."""
-    return _cost(node, shapes, "dynamic") if node.op_type in _DYNAMIC else math.inf
+    def integer_cost(self, node: ir.Node, shapes: Shapes = None) -> float:
+        """Nanoseconds of ``node`` in its integer kernel, integers in and out; infinite where it has none."""
+        if operator(node).integer is None:
+            return 0.0 if bounds(node) is not None else math.inf
+        return _cost(self, node, shapes, "integer")
 
+    def dynamic_cost(self, node: ir.Node, shapes: Shapes = None) -> float:
+        """Nanoseconds of a MatMul, Gemm, LSTM on weights of 8 bits that quantizes its input itself; else infinite."""
+        return _cost(self, node, shapes, "dynamic") if node.op_type in DYNAMIC else math.inf
 
-def blocked_cost(node: ir.Node, bits: int, shapes: Shapes = None) -> float:
-    """Nanoseconds of a MatMul on weights of 4 or 8 bits in blocks of 32, as a MatMulNBits; else infinite.
+    def blocked_cost(self, node: ir.Node, bits: int, shapes: Shapes = None) -> float:
+        """Nanoseconds of a MatMul on weights of 4 or 8 bits in blocks of 32, as a MatMulNBits; else infinite.
 
-    ONNX Runtime then rounds its input to 8 bits as it runs (accuracy level 4).
-    """
-    return _cost(node, shapes, f"bits{bits}") if node.op_type in ("MatMul", "Gemm") and bits in (4, 8) else math.inf
+        ONNX Runtime then rounds its input to 8 bits as it runs (accuracy level 4).
+        """
+        possible = node.op_type in ("MatMul", "Gemm") and bits in (4, 8)
+        return _cost(self, node, shapes, f"bits{bits}") if possible else math.inf
 
+    def quantize_cost(self, elements: int) -> float:
+        """Nanoseconds of a QuantizeLinear of ``elements`` floats."""
+        return self.elementwise_cost("QuantizeLinear", elements, "float")
 
-def quantize_cost(elements: int) -> float:
-    """Nanoseconds of a QuantizeLinear of ``elements`` floats."""
-    return _elementwise("QuantizeLinear", elements, "float")
+    def dequantize_cost(self, elements: int) -> float:
+        """Nanoseconds of a DequantizeLinear of ``elements`` bytes; those may be weights, if it merges with nothing."""
+        return self.elementwise_cost("DequantizeLinear", elements, "float")
 
+    def transpose_cost(self, elements: int) -> float:
+        """Nanoseconds of the Transpose of bytes where ``elements`` enter or leave a chain of integer convolutions.
 
-def dequantize_cost(elements: int) -> float:
-    """Nanoseconds of a DequantizeLinear of ``elements`` bytes."""
-    return _elementwise("DequantizeLinear", elements, "float")
+        Those run channels-last; ONNX Runtime puts a Transpose wherever another operator than those that go along reads
+        or makes the value.
+        """
+        return self.elementwise_cost("Transpose", elements, "integer")
 
+    def elementwise_cost(self, name: str, elements: int, column: str) -> float:
+        """Nanoseconds of an operator on so many elements."""
+        row = self.elementwise.get(name) or self.elementwise["other"]
+        rates = row.get(column) or row["float"]
+        return max(self.call, elements * _interpolated([self.elements], rates, (elements,)))
 
-def transpose_cost(elements: int) -> float:
-    """Nanoseconds of the Transpose of bytes where ``elements`` enter or leave a chain of integer convolutions.
-
-    Those run channels-last; ONNX Runtime puts a Transpose wherever another operator than those that go along reads or
-    makes the value.
-    """
-    return _elementwise("Transpose", elements, "integer")
-
-
-def weights_cost(elements: int) -> float:
-    """Nanoseconds that ``elements`` weights cost at each run behind a DequantizeLinear that merges with nothing."""
-    return dequantize_cost(elements)
-
-
-def call_overhead() -> float:
-    """Nanoseconds that a node takes however little it does."""
-    return float(_table()["call"])
+    def grid_cost(self, name: str, sizes: Sequence[float], work: float, column: str) -> float:
+        """Nanoseconds of ``work`` units at these sizes; what is smaller than the grid takes as long as its edge."""
+        grid = self.grids[name]
+        rates = grid.get(column)
+        if rates is None:
+            return math.inf
+        for axis, size in zip(grid["axes"], sizes, strict=True):
+            work *= max(1.0, axis[0] / max(size, 1))
+        return max(self.call, work * _interpolated(grid["axes"], rates, sizes))
 
 
 # How it is answered ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _table() -> dict[str, Any]:
-    text = importlib.resources.files(__package__).joinpath("costs.json").read_text("utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
 
 
 def _merges(node: ir.Node) -> bool:
@@ -132,21 +137,21 @@ def _only_source(node: ir.Node, index: int) -> str | None:
     return source.op_type if source is not None and value is not None and len(value.uses()) == 1 else None
 
 
-def _cost(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _cost(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     name = node.op_type
     if name == "Constant":
         return 0.0
     if name in _FREE:
-        return call_overhead()
+        return table.call
     if name in _LAYERS:
-        return _LAYERS[name](node, shapes, column)
+        return _LAYERS[name](table, node, shapes, column)
     if name == "Resize":
-        return _elementwise(_resize(node), _elements(node, shapes), column)
+        return table.elementwise_cost(_resize(node), _elements(node, shapes), column)
     if name in ("MaxPool", "AveragePool"):
-        return _pool(node, shapes, column)
+        return _pool(table, node, shapes, column)
     if name == "Add" and column == "float" and "Conv" in (_only_source(node, 0), _only_source(node, 1)):
-        return _elementwise("residual Add", _elements(node, shapes), column)
-    return _elementwise(name, _elements(node, shapes), column)
+        return table.elementwise_cost("residual Add", _elements(node, shapes), column)
+    return table.elementwise_cost(name, _elements(node, shapes), column)
 
 
 def _resize(node: ir.Node) -> str:
@@ -158,11 +163,11 @@ def _resize(node: ir.Node) -> str:
     return "Resize floor" if plain and get("nearest_mode", "round_prefer_floor") == "floor" else "Resize"
 
 
-def _pool(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _pool(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     """By half of what it reads and writes together. Integers that are not channels-last make a MaxPool slow."""
     inner, outer = (math.prod(_dims(value, shapes)) for value in (node.inputs[0], node.outputs[0]))
     apart = node.op_type == "MaxPool" and column == "integer" and not _channels_last(node)
-    return _elementwise("MaxPool apart" if apart else node.op_type, (inner + outer) // 2, column)
+    return table.elementwise_cost("MaxPool apart" if apart else node.op_type, (inner + outer) // 2, column)
 
 
 def _channels_last(node: ir.Node) -> bool:
@@ -178,11 +183,11 @@ def _channels_last(node: ir.Node) -> bool:
     return False
 
 
-def _conv(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _conv(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     """By pixels of the output (of the input, transposed), channels in and out, and the kind of window."""
     x, w, y = (_dims(value, shapes) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
     if len(w) < 3 or len(x) != len(w) or len(y) != len(w):
-        return math.inf if column != "float" else call_overhead()
+        return math.inf if column != "float" else table.call
     groups = node.attributes.get_int("group", 1)
     window = math.prod(w[2:])
     pixels, inputs, outputs = y[0] * math.prod(y[2:]), w[1], w[0] // groups
@@ -190,41 +195,41 @@ def _conv(node: ir.Node, shapes: Shapes, column: str) -> float:
     line = "line-" if len(w) == 3 else ""
     if groups > 1 and inputs == 1:
         odd = _ODD[line + column] if groups * outputs % _BLOCK else 1.0
-        return odd * _at(f"{line}depthwise", (pixels, groups * outputs, window), work, column)
+        return odd * table.grid_cost(f"{line}depthwise", (pixels, groups * outputs, window), work, column)
     if groups > 1:
-        return _at("grouped", (pixels, groups, inputs), work, column)
+        return table.grid_cost("grouped", (pixels, groups, inputs), work, column)
     if line:
-        return _at("line-pointwise" if window == 1 else "line", (pixels, inputs, outputs), work, column)
+        return table.grid_cost("line-pointwise" if window == 1 else "line", (pixels, inputs, outputs), work, column)
     if inputs <= _FEW:
-        return _at("first", (pixels, window * inputs, outputs), work, column)
+        return table.grid_cost("first", (pixels, window * inputs, outputs), work, column)
     name = "pointwise" if window == 1 else "window"
     if column == "float":  # computed in blocks of channels
         inputs, outputs = (-(-channels // _BLOCK) * _BLOCK for channels in (inputs, outputs))
         work = pixels * window * inputs * outputs
-    return _at(name, (pixels, inputs, outputs), work, column)
+    return table.grid_cost(name, (pixels, inputs, outputs), work, column)
 
 
-def _conv_transpose(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _conv_transpose(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     """By pixels of the input."""
     x, w = (_dims(value, shapes) for value in node.inputs[:2])
     if column != "float" or len(w) < 3 or len(x) != len(w):
-        return call_overhead() if column == "float" else math.inf
+        return table.call if column == "float" else math.inf
     pixels = x[0] * math.prod(x[2:])
-    return _at("transposed", (pixels, w[0], w[1]), pixels * math.prod(w), column)
+    return table.grid_cost("transposed", (pixels, w[0], w[1]), pixels * math.prod(w), column)
 
 
-def _matmul(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _matmul(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     """By rows, columns and what is summed over; a product of two activations, where each has a batch, apart."""
     a, b, y = (_dims(value, shapes) for value in (node.inputs[0], node.inputs[1], node.outputs[0]))
     if not a or not b:
-        return call_overhead()
+        return table.call
     outputs = y[-1] if len(b) > 1 and y else 1
     inputs = a[0] if node.attributes.get_int("transA", 0) and len(a) == 2 else a[-1]
     rows = max(math.prod(y) // outputs, 1)
     work = rows * inputs * outputs
     if node.op_type == "MatMul" and not _is_constant(node.inputs[1]) and column in ("float", "integer"):
-        return _at("activations", (a[-2] if len(a) > 1 else 1, inputs, outputs), work, column)
-    return _at("matmul", (rows, inputs, outputs), work, column)
+        return table.grid_cost("activations", (a[-2] if len(a) > 1 else 1, inputs, outputs), work, column)
+    return table.grid_cost("matmul", (rows, inputs, outputs), work, column)
 
 
 def _is_constant(value: ir.Value | None) -> bool:
@@ -235,14 +240,14 @@ def _is_constant(value: ir.Value | None) -> bool:
     return is_constant(value)
 
 
-def _lstm(node: ir.Node, shapes: Shapes, column: str) -> float:
+def _lstm(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     """By batch, input size, hidden size; the work is that of all steps and directions."""
     x, w, r = (_dims(value, shapes) for value in node.inputs[:3])
     if len(x) != 3 or len(w) != 3 or len(r) != 3:
-        return math.inf if column != "float" else call_overhead()
+        return math.inf if column != "float" else table.call
     steps, batch = (x[1], x[0]) if node.attributes.get_int("layout", 0) else (x[0], x[1])
     work = steps * batch * w[0] * w[1] * (w[2] + r[2])
-    return _at("lstm", (batch, w[2], r[2]), work, column)
+    return table.grid_cost("lstm", (batch, w[2], r[2]), work, column)
 
 
 _LAYERS = {
@@ -260,24 +265,6 @@ def _elements(node: ir.Node, shapes: Shapes) -> int:
     """Of the greatest of what it reads and writes."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None]
     return max((math.prod(_dims(value, shapes)) for value in values), default=1)
-
-
-def _elementwise(name: str, elements: int, column: str) -> float:
-    rows = _table()["elementwise"]
-    row = rows.get(name) or rows["other"]
-    rates = row.get(column) or row["float"]
-    return max(call_overhead(), elements * _interpolated([_table()["elements"]], rates, (elements,)))
-
-
-def _at(name: str, sizes: Sequence[float], work: float, column: str) -> float:
-    """The nanoseconds of ``work`` units at these sizes; what is smaller than the grid takes as long as its edge."""
-    grid = _table()["grids"][name]
-    rates = grid.get(column)
-    if rates is None:
-        return math.inf
-    for axis, size in zip(grid["axes"], sizes, strict=True):
-        work *= max(1.0, axis[0] / max(size, 1))
-    return max(call_overhead(), work * _interpolated(grid["axes"], rates, sizes))
 
 
 def _interpolated(axes: Sequence[Sequence[float]], rates: Sequence[float], sizes: Sequence[float]) -> float:

@@ -53,7 +53,7 @@ class Layer:
             value, swapped, cast = _source(node.inputs[port])
             weight = constants.get(value) if value is not None else None
             if weight is None:
-                decline(DECODED if _is_decoded(node.inputs[port]) else "its weight is no constant")
+                decline(DECODED if is_decoded(node.inputs[port]) else "its weight is no constant")
             self.weights.append(weight)
             _check_weight(weight, cast)
             self.swapped.append(swapped != self._is_output_first())
@@ -96,7 +96,7 @@ class Layer:
         return None
 
 
-def _is_decoded(value: ir.Value | None, steps: int = 4) -> bool:
+def is_decoded(value: ir.Value | None, steps: int = 4) -> bool:
     """Whether ``value`` is computed from constant integers and scales alone, as stored weights are decoded."""
     node = value.producer() if value is not None else None
     if node is None or steps == 0:
@@ -105,7 +105,7 @@ def _is_decoded(value: ir.Value | None, steps: int = 4) -> bool:
     if node.op_type in ("Cast", "DequantizeLinear"):
         return bool(known) and all(map(is_constant, known)) and known[0].dtype not in NARROW
     through = node.op_type in ("Mul", "Sub", "Transpose", "Identity")
-    return through and any(_is_decoded(item, steps - 1) for item in known)
+    return through and any(is_decoded(item, steps - 1) for item in known)
 
 
 def _source(value: ir.Value | None) -> tuple[ir.Value | None, bool, bool]:

@@ -75,7 +75,7 @@ class Equalize(Pass):
     def _obstacle(self, seam: Seam) -> str | None:
         for part in seam.layers:
             if reason := left_out(part.weight, self.only, self.keep):
-                return f"{part.weight.address}: {reason}"
+                return f"a weight beside it: {reason}"
         if not seam.free.any():
             return next(iter(seam.pins.values()))
         if any(not part.layer and part.norm for part in seam.parts):

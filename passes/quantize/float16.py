@@ -37,8 +37,7 @@ class ToFloat16(Pass):
     What may lose too much stays float32, with Casts around it: norms, Softmax, exponentials, powers, divisions,
     reductions, recurrent and resizing operators, all others that are not known to be safe, and the bodies of If, Loop
     and Scan and functions. Values past 65504 become infinite; constants past it stay float32, and what is computed from
-    them is clipped. Inputs and outputs stay float32 unless ``io=float16``; the model then takes other data, so run it
-    with ``--check off``.
+    them is clipped. Inputs and outputs stay float32 unless ``io=float16``.
     """
 
     mode: Literal["store", "compute"] = "store"
@@ -80,6 +79,8 @@ class ToFloat16(Pass):
                     _store(weight, names, ctx)
                 else:
                     ctx.skip(weight, reason)
+        if not ctx.ledger.changes and not ctx.ledger.skips:
+            ctx.skip("model", "it has no constants of floats")
 
 
 def _obstacle(weight: Weight) -> str | None:

@@ -5,6 +5,7 @@ A pass that quantizes calls ``remember`` before its first edit; passes that mend
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,11 +96,17 @@ def quantized_layers(model: ir.Model, float_model: ir.Model) -> Iterator[Layer |
 def answers(
     model: ir.Model, points: Iterable[Point], ctx: Context, data: Feeds | None = None
 ) -> tuple[Mapping[Point, Any], Mapping[Point, str]]:
-    """What ``data``, else the sample data, say to ``points``; for those without an answer (NaN, say) the reason."""
+    """What ``data``, else the sample data, say to ``points``; for those without an answer (NaN, say) the reason, a
+    clause without the value's name."""
     try:
         return ctx.runner.statistics(model, points, ctx.data if data is None else data), {}
     except Unanswered as error:
-        return error.answers, error.reasons
+        return error.answers, {point: clause(reason) for point, reason in error.reasons.items()}
+
+
+def clause(sentence: str) -> str:
+    """What is wrong with a value, without its name: lines of a ledger that say the same are counted together."""
+    return "an activation " + re.sub(r"^The value '.*?' (?=holds|is|has)", "", sentence).removesuffix(".")
 
 
 def _places(model: ir.Model) -> dict[ir.Node, str]:

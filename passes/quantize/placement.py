@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from .costs import dequantize_cost, float_cost, integer_cost, quantize_cost, transpose_cost
+from .costs import Table
 from .units import Role, Unit, readers
 
 Sizes = Callable[[ir.Value], tuple[int, ...]]
@@ -22,11 +23,72 @@ _INTEGER, _FLOAT = "integer", "float"
 _TICKS = 16  # a nanosecond in so many whole units, for the cut is exact in integers only
 
 
-def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[float, float]]) -> tuple[list[Unit], float]:
+class Costs(Protocol):
+    """Nanoseconds of one thread: foretold, or measured (``timing.Measured``). ``dims`` gives the sizes of a value."""
+
+    def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
+        """A unit in float, and on integers."""
+        ...
+
+    def layer(self, node: ir.Node, dims: Sizes) -> tuple[float, float]:
+        """A layer in float, and with its input quantized in each run; infinite where that cannot be."""
+        ...
+
+    def quantize(self, elements: int) -> float:
+        """A QuantizeLinear."""
+        ...
+
+    def dequantize(self, elements: int) -> float:
+        """A DequantizeLinear."""
+        ...
+
+    def transpose(self, elements: int) -> float:
+        """A Transpose of bytes, to or from channels-last."""
+        ...
+
+    def figures(self, unit: Unit, dims: Sizes) -> dict[str, float]:
+        """What a decision rests on, for the ledger; nothing where that is the table, which can be looked up."""
+        ...
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """Costs by a table."""
+
+    table: Table
+
+    def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
+        in_float = sum(self.table.float_cost(node, dims) for node in unit.nodes)
+        if unit.node.op_type == "MaxPool" and _behind_conv(unit.sources[0]):
+            return in_float, in_float  # channels-last it is as fast; elsewhere its integer kernel is many times slower
+        node = _lookup(unit, dims) if unit.role is Role.CLAMP else unit.node
+        return in_float, self.table.integer_cost(node, dims)
+
+    def layer(self, node: ir.Node, dims: Sizes) -> tuple[float, float]:
+        return self.table.float_cost(node, dims), self.table.dynamic_cost(node, dims)
+
+    def quantize(self, elements: int) -> float:
+        return self.table.quantize_cost(elements)
+
+    def dequantize(self, elements: int) -> float:
+        return self.table.dequantize_cost(elements)
+
+    def transpose(self, elements: int) -> float:
+        return self.table.transpose_cost(elements)
+
+    def figures(self, unit: Unit, dims: Sizes) -> dict[str, float]:
+        del unit, dims
+        return {}
+
+
+def place(
+    units: Sequence[Unit], dims: Sizes, choose: Callable[[Unit], tuple[float, float]], costs: Costs
+) -> tuple[list[Unit], float]:
     """The units of one graph to run on integers, and the nanoseconds that all of them are then predicted to take.
 
-    ``dims`` gives the sizes of a value; ``costs`` the nanoseconds of a unit in float and on integers, infinite where
-    it must not be so. Of choices of equal cost the one with the most integers.
+    ``dims`` gives the sizes of a value; ``choose`` the nanoseconds of a unit in float and on integers, infinite where
+    it must not be so; ``costs`` those of going from one to the other. Of choices of equal cost the one with the most
+    integers.
     """
     import networkx as nx
 
@@ -36,21 +98,13 @@ def place(units: Sequence[Unit], dims: Sizes, costs: Callable[[Unit], tuple[floa
     makers = {value: unit for unit in units for value in unit.outputs}
     members = {node: unit for unit in units for node in unit.nodes}
     for unit in units:
-        in_float, on_integers = costs(unit)
+        in_float, on_integers = choose(unit)
         _join(network, _INTEGER, unit, in_float)  # cut where the unit is in float
         _join(network, unit, _FLOAT, on_integers)
     for value in dict.fromkeys(value for unit in units for value in (*unit.sources, *unit.outputs)):
-        _add_value(network, value, makers.get(value), _reading(value, members), dims)
+        _add_value(network, value, makers.get(value), _reading(value, members), dims, costs)
     ticks, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
     return [unit for unit in units if unit in integers], ticks / _TICKS
-
-
-def unit_costs(unit: Unit, dims: Sizes) -> tuple[float, float]:
-    """Nanoseconds of the unit in float, and on integers."""
-    in_float = sum(float_cost(node, dims) for node in unit.nodes)
-    if unit.node.op_type == "MaxPool" and _behind_conv(unit.sources[0]):
-        return in_float, in_float  # channels-last it is as fast; elsewhere its integer kernel is many times slower
-    return in_float, integer_cost(_lookup(unit, dims) if unit.role is Role.CLAMP else unit.node, dims)
 
 
 def _behind_conv(value: ir.Value) -> bool:
@@ -72,23 +126,23 @@ def elements(value: ir.Value, dims: Sizes) -> int:
 
 
 def _add_value(
-    network: Any, value: ir.Value, maker: Unit | None, reading: tuple[list[Unit], bool], dims: Sizes
+    network: Any, value: ir.Value, maker: Unit | None, reading: tuple[list[Unit], bool], dims: Sizes, costs: Costs
 ) -> None:
     units, others = reading
     size = elements(value, dims)
     # Integer convolutions run channels-last: what enters or leaves a chain of them is transposed.
-    turn = transpose_cost(size) if len(dims(value)) > 2 and _near_conv(maker, units) else 0.0
+    turn = costs.transpose(size) if len(dims(value)) > 2 and _near_conv(maker, units) else 0.0
     source: object = maker or _FLOAT
     gate = ("quantize", value)
     for unit in units:
         _join(network, unit, gate, math.inf)
     if units:
-        _join(network, gate, source, quantize_cost(size) + turn)
+        _join(network, gate, source, costs.quantize(size) + turn)
     if maker is None:
         return
     gate = ("dequantize", value)
     plain = not maker.needs_output and maker.role is Role.LAYER  # its kernel can give floats at once
-    _join(network, maker, gate, 0.0 if plain and not units else dequantize_cost(size) + turn)
+    _join(network, maker, gate, 0.0 if plain and not units else costs.dequantize(size) + turn)
     for reader in (*units, *([_FLOAT] if others else [])):
         _join(network, gate, reader, math.inf)
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.address import addresses
+from ...ir.address import addresses, bodies
 from ...ir.affine import LEAST_SCALE, Affine, affine
+from ...ir.constants import constant_array
 from ...ir.edit import Names
 from ...ir.kernels import Bounds
+from ...ir.match import Replacement, attribute, rule
 from ...ir.opset import raise_opset
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import dims
 from ..base import Context
 from ..pipeline import Pipeline
+from ..rewrite import Tape, rewrite
+from .float_operators import attributes
 from .insertion import Grids, clamp_scales
-from .placement import Sizes, place
-from .units import Left, Role, Unit, find_units
+from .placement import Costs, Sizes, place
+from .units import Left, Role, Unit, find_units, has_no_kernel
 
 LEAST_OPSET = 13  # below it a QuantizeLinear has one scale for a whole tensor
 _USUAL = 1  # the size of a dimension of which nothing is known
@@ -41,10 +46,40 @@ def prepare(model: ir.Model, ctx: Context) -> None:
         ctx.change("main graph", f"opset {stamp} to {LEAST_OPSET}, for scales of channels")
     for step in Pipeline.of("clean,fuse-activations,infer-shapes").run(model, ctx):
         ctx.ledger.changes += step.ledger.changes
+    for scope in scopes(model):
+        for node in scope.graph:
+            _type_body(node)
+    own = ctx.for_step(ctx.step)
+    rewrite(model, [flat_bias], own)
+    ctx.ledger.changes += own.ledger.changes
     names = Names(model)
     for scope in scopes(model):
         for node in scope.graph:
             node.name = node.name or names.fresh(node.op_type)
+
+
+def _type_body(node: ir.Node) -> None:
+    """Give the inputs of a Loop's or Scan's body, which need not have one, the type of what goes into them."""
+    if node.domain or node.op_type not in ("Loop", "Scan"):
+        return
+    own = [ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.BOOL)] if node.op_type == "Loop" else []
+    given = [*own, *(None if value is None else value.type for value in node.inputs[len(own) :])]
+    for _, body in bodies(node):
+        for value, kind in zip(body.inputs, given, strict=False):
+            value.type = value.type or kind
+
+
+@rule("node @ Gemm(x, w, bias)")
+def flat_bias(tape: Tape, node: ir.Node, x: ir.Value, w: ir.Value, bias: ir.Value) -> Replacement:
+    """A constant row, or number, that a Gemm adds becomes [N], which alone its integer kernel takes."""
+    array, sizes = constant_array(bias), dims(w)
+    channels = None if sizes is None else sizes[0 if attribute(node, "transB", 0) else 1]
+    if array is None or not isinstance(channels, int) or array.shape == (channels,):
+        return None
+    if array.size != 1 and array.shape != (1, channels):
+        return None
+    row = np.broadcast_to(array.reshape(-1), (channels,)).copy()
+    return tape.Gemm(x, w, tape.constant(row, instead_of=bias), **attributes(node))  # type: ignore[no-any-return]
 
 
 def known_shapes(model: ir.Model) -> frozenset[str]:
@@ -70,11 +105,13 @@ def forget_shapes(model: ir.Model, known: frozenset[str]) -> None:
 
 @dataclass(slots=True)
 class Plan:
-    """The units of all graphs, the layers that cannot be units, and the address of every value."""
+    """The units of all graphs, the layers that cannot be units, other operators that have no integer kernel, each with
+    how many there are, and the address of every value."""
 
     model: ir.Model
     units: list[tuple[Scope, list[Unit]]] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    floats: Counter[str] = field(default_factory=Counter)
     addresses: Mapping[ir.Value | ir.Node, str] = field(default_factory=dict)
 
     @classmethod
@@ -84,6 +121,8 @@ class Plan:
             units, left = find_units(scope)
             plan.units.append((scope, units))
             plan.left += left
+            taken = {node for unit in units for node in unit.nodes}
+            plan.floats.update(node.op_type for node in scope.graph if node not in taken and has_no_kernel(node))
         return plan
 
     @property
@@ -93,14 +132,20 @@ class Plan:
         return list(dict.fromkeys(found))
 
     def known(self, sizes: Mapping[str, tuple[int, ...]]) -> dict[ir.Value, tuple[int, ...]]:
-        """What is known by address, by value."""
-        return {value: sizes[address] for value in self.values if (address := self.addresses[value]) in sizes}
+        """What is known by address, by value; what is inside a unit is as large as what the unit makes."""
+        found = {value: sizes[address] for value in self.values if (address := self.addresses[value]) in sizes}
+        for unit in (unit for _, units in self.units for unit in units):
+            inside = (value for node in unit.nodes[:-1] for value in node.outputs)
+            found.update(
+                (value, found[unit.outputs[0]]) for value in inside if unit.outputs and unit.outputs[0] in found
+            )
+        return found
 
     def place(
-        self, sizes: Sizes, costs: Callable[[Unit], tuple[float, float]]
+        self, sizes: Sizes, choose: Callable[[Unit], tuple[float, float]], costs: Costs
     ) -> tuple[list[tuple[Scope, list[Unit]]], float]:
         """The units that run on integers, by graph, and the predicted nanoseconds of all units."""
-        found = [(scope, place(units, sizes, costs)) for scope, units in self.units]
+        found = [(scope, place(units, sizes, choose, costs)) for scope, units in self.units]
         return [(scope, chosen) for scope, (chosen, _) in found], sum(cost for _, (_, cost) in found)
 
 

@@ -99,7 +99,7 @@ class _Finder:
         weight = self.constants.get(value)
         if weight is None:
             return f"{node.op_type} takes a computed value where a constant would take the factors"
-        name = f"the constant '{weight.address}' of {node.op_type}"
+        name = f"a constant of {node.op_type}"
         if len(weight.uses) != 1 or weight.output or len(weight.values) != 1:
             return f"{name} has other uses"
         if weight.overridable:
@@ -134,6 +134,8 @@ class _Growth:
             seam.free[labels[vertex]] = False
         for vertex, tie, node, weight, axis, power, layer in self.parts:
             seam.parts.append(Part(node, weight, axis, power, layer, np.repeat(labels[vertex], tie.repeat)))
+        if seam.free.any() and (reason := seam.hold_extremes()):
+            self.pin(self.start, reason)
         return seam
 
     def labels(self) -> dict[Vertex, Array]:

@@ -22,7 +22,9 @@ Array = np.ndarray[Any, Any]
 Vertex = tuple[ir.Value, int]  # a value, and the axis of its channels
 
 NO_SEAM = "nowhere in it do two layers meet so that channels between them could be scaled for free"
+NOT_FINITE = "a constant beside it holds NaN or infinity"
 LIMIT = 24  # factors lie between 2^-LIMIT and 2^LIMIT: beyond, a channel is as good as dead
+_ROOM = 64  # only constants between 2^-_ROOM and 2^_ROOM take them: then neither these nor the values overflow or round
 LEAST = float(np.finfo(np.float64).tiny)
 NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization"}
 NORMS |= {"InstanceNormalization"}
@@ -94,6 +96,19 @@ class Seam:
         nodes = dict.fromkeys(part.node for part in self.readers)
         return {vertex: ids for vertex, ids in self.vertices.items() if any(vertex[0] in n.inputs for n in nodes)}
 
+    def hold_extremes(self) -> str | None:
+        """Hold the channels that factors might push out of what floats can tell; why, where none is left free."""
+        for part in self.parts:
+            largest = _largest(part.weight.magnitudes(), part.axis)
+            if not np.isfinite(largest).all():
+                self.free[:] = False
+                return NOT_FINITE
+            extreme = largest > 2.0**_ROOM
+            if part.layer:
+                extreme |= (largest < 2.0**-_ROOM) & (largest > 0)
+            self.free[part.channels[extreme]] = False
+        return None if self.free.any() else "its channels are too large or too small to be scaled without a loss"
+
     def scale(self, exponents: Array, provenance: str) -> None:
         """Divide the channels [size] of its values by 2^``exponents``."""
         for part in self.parts:
@@ -111,8 +126,14 @@ def reach(parts: Iterable[Part], size: int) -> Array:
 
 def along(magnitudes: Array, axis: int) -> Array:
     """The largest for each index along ``axis``, as a share of the largest of all; float64."""
-    found = magnitudes.max(axis=tuple(a for a in range(magnitudes.ndim) if a != axis)).astype(np.float64)
-    return np.asarray(found / max(float(found.max(initial=0)), LEAST))
+    found = _largest(magnitudes, axis)
+    with np.errstate(invalid="ignore"):  # of infinity, which is not scaled
+        return np.asarray(found / max(float(found.max(initial=0)), LEAST))
+
+
+def _largest(magnitudes: Array, axis: int) -> Array:
+    """The largest for each index along ``axis``, float64."""
+    return np.asarray(magnitudes.max(axis=tuple(a for a in range(magnitudes.ndim) if a != axis), initial=0), np.float64)
 
 
 def powers(logarithms: Array, free: Array) -> Array:

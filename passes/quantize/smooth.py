@@ -19,7 +19,7 @@ from ..points import Channels
 from ..selection import NOTHING, Selection, left_out
 from .original import answers
 from .seam_search import seams
-from .seams import NO_SEAM, Part, Seam, Vertex, along, powers, reach, unevenness
+from .seams import NO_SEAM, NOT_FINITE, Part, Seam, Vertex, along, powers, reach, unevenness
 
 
 @register("smooth")
@@ -79,6 +79,8 @@ class Smooth(Pass):
             reason = next(iter(seam.pins.values()), "no layer reads it")
         if reason is None and not seam.free.any() and self.insert == "no":
             reason = next(iter(seam.pins.values()))
+        if reason is None and not all(np.isfinite(part.weight.magnitudes()).all() for part in seam.readers):
+            reason = NOT_FINITE
         if reason is not None:
             ctx.skip(seam.address, reason)
         return reason is None

@@ -17,13 +17,12 @@ from ..base import Context
 from ..selection import Selection
 from .bias import CorrectBias
 from .calibrators import Method
-from .costs import dynamic_cost, float_cost
 from .dynamic import QuantizeDynamic
 from .float16 import ToFloat16
 from .insertion import Grids, Inserter
 from .observe import Observed
 from .original import remember
-from .placement import Sizes, unit_costs
+from .placement import Costs, Sizes
 from .plan import Plan, scales, sizes_of
 from .rounding import RoundAdaptively
 from .units import Role, Unit, is_layer
@@ -50,12 +49,16 @@ class Choice:
     default: Treatment = Treatment.FAST
     calibrator: Method = "minmax"
     mended: bool = False  # rounded adaptively, biases corrected
+    forced: frozenset[str] = frozenset()  # on integers, whatever that costs, so that their harm can be measured
 
     def of(self, address: str) -> Treatment:
         return self.treatments.get(address, self.default)
 
     def lifted(self, addresses: Iterable[str], treatment: Treatment) -> Choice:
-        return replace(self, treatments={**self.treatments, **dict.fromkeys(addresses, treatment)})
+        return self.with_(dict.fromkeys(addresses, treatment))
+
+    def with_(self, treatments: Mapping[str, Treatment]) -> Choice:
+        return replace(self, treatments={**self.treatments, **treatments})
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,19 @@ def layers(model: ir.Model) -> dict[str, ir.Node]:
     return {scope.address(node): node for scope in scopes(model) for node in scope.graph if is_layer(node)}
 
 
-def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx: Context) -> Treated:
+def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, costs: Costs, ctx: Context) -> Treated:
     """A copy of the prepared ``model`` in which each layer is treated as ``choice`` says; ``ctx`` takes the ledger."""
     work = model.clone()
     work.meta.update(model.meta)
     remember(work)
     plan, nodes = Plan.of(work), layers(work)
     sizes = sizes_of(plan.known(observed.sizes))
-    chosen, cost = plan.place(sizes, lambda unit: costs(unit, choice, plan, observed, sizes))
+    chosen, cost = place(plan, choice, observed, sizes, costs)
     static = {unit.address: unit.role for _, units in chosen for unit in units}
     dynamic = [
-        address for address, node in nodes.items() if address not in static and _gains(choice.of(address), node, sizes)
+        address
+        for address, node in nodes.items()
+        if address not in static and _gains(choice.of(address), node, sizes, costs)
     ]
     write(work, plan, chosen, observed, grids, choice.calibrator)
     weights = GRIDS[grids.weights]
@@ -95,18 +100,35 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, ctx
         ToFloat16(only=_named(by[Treatment.HALF])).run(work, ctx)
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
     if choice.mended:
-        for pass_ in (RoundAdaptively(), CorrectBias(sweeps=8)):
+        for pass_ in (RoundAdaptively(positions=64), CorrectBias(sweeps=4)):
             pass_.run(work, ctx)
     return Treated(work, static, dynamic, cost)
 
 
-def costs(unit: Unit, choice: Choice, plan: Plan, observed: Observed, sizes: Sizes) -> tuple[float, float]:
+def place(
+    plan: Plan, choice: Choice, observed: Observed, sizes: Sizes, costs: Costs
+) -> tuple[list[tuple[Scope, list[Unit]]], float]:
+    """The units on integers, by graph, and the predicted nanoseconds of a run, of what could be."""
+    return plan.place(sizes, lambda unit: choose(unit, choice, plan, observed, sizes, costs), costs)
+
+
+def predicted(model: ir.Model, choice: Choice, observed: Observed, costs: Costs) -> float:
+    """The ``Treated.cost`` of a choice, found without making its model."""
+    plan = Plan.of(model)
+    return place(plan, choice, observed, sizes_of(plan.known(observed.sizes)), costs)[1]
+
+
+def choose(
+    unit: Unit, choice: Choice, plan: Plan, observed: Observed, sizes: Sizes, costs: Costs
+) -> tuple[float, float]:
     """Nanoseconds of a unit off and on integers, infinite where it must not be so treated."""
-    in_float, on_integers = unit_costs(unit, sizes)
+    in_float, on_integers = costs.unit(unit, sizes)
     known = all(plan.addresses[value] in observed.distributions for value in (*unit.sources, *unit.outputs))
     fast = choice.of(unit.address) is Treatment.FAST
     if fast and unit.role is Role.LAYER:
-        in_float = min(in_float, dynamic_cost(unit.node, sizes))
+        in_float = min(in_float, costs.layer(unit.node, sizes)[1])
+    if unit.address in choice.forced:
+        return math.inf, on_integers
     return in_float, on_integers if known and fast else math.inf
 
 
@@ -127,11 +149,12 @@ def write(
     inserter.finish()
 
 
-def _gains(treatment: Treatment, node: ir.Node, sizes: Sizes) -> bool:
+def _gains(treatment: Treatment, node: ir.Node, sizes: Sizes, costs: Costs) -> bool:
     """Whether a layer that is not static is to be dynamic."""
     if treatment is not Treatment.FAST or node.op_type not in ("MatMul", "Gemm", "LSTM"):
         return False
-    return dynamic_cost(node, sizes) < _GAIN * float_cost(node, sizes)
+    in_float, dynamic = costs.layer(node, sizes)
+    return dynamic < _GAIN * in_float
 
 
 def _named(nodes: Iterable[ir.Node]) -> Selection:

@@ -16,10 +16,14 @@ from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope
 from ...ir.shapes import dims
 from ...ir.sparse import SparseTensor
+from .dynamic_layers import DECODED, is_decoded
 from .filters import REASON, is_filter_bank
 
 Port = tuple[ir.Node, int]
 
+LOGARITHM = "a logarithm is taken of it, and makes much of what rounding does to small numbers"
+_NO_LOSS = ("Cast", "HardSigmoid", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+"""Operators of which it is not worth saying that they have no integer kernel."""
 _LEAST_SLOPE = 1e-6  # of a HardSigmoid, and one through the greatest
 
 
@@ -59,9 +63,14 @@ class Unit:
         return [value for value in self.nodes[-1].outputs if value.uses() or value.is_graph_output()]
 
     @property
+    def read(self) -> list[ir.Value]:
+        """The activation at each of its ports."""
+        return [_input(self.node, port) for port in self.inputs]
+
+    @property
     def sources(self) -> list[ir.Value]:
         """The activations that it reads, each once."""
-        return list(dict.fromkeys(_input(self.node, port) for port in self.inputs))
+        return list(dict.fromkeys(self.read))
 
     @property
     def address(self) -> str:
@@ -80,10 +89,13 @@ class Left:
 def find_units(scope: Scope) -> tuple[list[Unit], list[Left]]:
     """The units of one graph in order, and the layers that are none."""
     units, left, taken = [], [], set[ir.Node]()
+    delicate = _before_logarithms(scope.graph)
     for node in scope.graph:
         if node in taken:
             continue
         found = _unit(scope, node)
+        if isinstance(found, Unit) and node in delicate:
+            found = LOGARITHM
         if isinstance(found, str):
             left.append(Left(scope.address(node), node, found))
         elif found is not None:
@@ -91,6 +103,28 @@ def find_units(scope: Scope) -> tuple[list[Unit], list[Left]]:
             taken.update(found.nodes)
             units.append(found)
     return units, left
+
+
+def _before_logarithms(graph: ir.Graph) -> set[ir.Node]:
+    """The operators, up to the last layer, of whose results a logarithm is taken."""
+    found: set[ir.Node] = set()
+    waiting = [node.inputs[0] for node in graph if node.op_type == "Log" and node.domain == ""]
+    while waiting:
+        value = waiting.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in found or node.graph is not graph or (is_layer(node) and not is_filter_bank(node)):
+            continue
+        found.add(node)
+        waiting += node.inputs
+    return found
+
+
+def has_no_kernel(node: ir.Node) -> bool:
+    """Whether a node computes floats from activations, and ONNX Runtime has no integer kernel for it; of no layer."""
+    if is_layer(node) or operator(node).control or integer(node) is not None or node.op_type in _NO_LOSS:
+        return False
+    given = any(value is not None and _is_float(value) and not is_constant(value) for value in node.inputs)
+    return given and any(map(_is_float, node.outputs))
 
 
 def is_layer(node: ir.Node) -> bool:
@@ -106,6 +140,8 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
     if is_layer(node):
         if is_filter_bank(node):
             return REASON
+        if operator(node).matrices[0].zero_point is not None:
+            return "quantized already"
         return _layer(scope, node) if kernel is not None else "ONNX Runtime has no integer kernel for it as it is"
     if kernel is None or not _is_float(node.outputs[0]):
         return None
@@ -113,6 +149,10 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
     activations = [port for port in data if not is_constant(_input(node, port))]
     constants = [port for port in data if port not in activations]
     if not activations or not all(_is_small_and_finite(_input(node, port)) for port in constants):
+        return None
+    if any(_is_unscaled(_input(node, port)) for port in activations):
+        return None
+    if all(_is_quantized(_input(node, port)) for port in activations):
         return None
     role = Role.SAME if kernel.equal else Role.ARITHMETIC
     if role is Role.SAME and constants:
@@ -130,12 +170,15 @@ def _layer(scope: Scope, node: ir.Node) -> Unit | str:
     if not is_constant(second):
         if second.is_graph_input() and second.is_initializer():
             return "the caller of the model may pass another weight"
-        if node.op_type == "MatMul":
-            return Unit(scope, Role.ARITHMETIC, [node], [0, 1], needs_output=_becomes_gemm(node))
-        producer = second.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear":
+        if _is_quantized(first) and _is_quantized(second):
             return "quantized already"
-        return "its weight is computed at run time"
+        if is_decoded(second):
+            return DECODED
+        producer = second.producer()
+        if node.op_type == "MatMul" and not (producer is not None and all(map(is_constant, producer.inputs))):
+            return Unit(scope, Role.ARITHMETIC, [node], [0, 1], needs_output=_becomes_gemm(node))
+        half = producer is not None and producer.op_type == "Cast" and is_constant(producer.inputs[0])
+        return "its weight is stored in half precision" if half else "its weight is computed at run time"
     tensor = constant_tensor(second)
     if tensor is None or isinstance(tensor, SparseTensor):
         return "its weight is stored sparse"
@@ -153,6 +196,21 @@ def _layer(scope: Scope, node: ir.Node) -> Unit | str:
     _take_bias(unit, int(tensor.shape.numpy()[1]))
     unit.needs_output = unit.bias is None and _becomes_gemm(node)
     return unit
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether it goes through integers already."""
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _is_unscaled(value: ir.Value) -> bool:
+    """Whether it is a part of quantization that is written out: integers as floats, or a scale that a run finds."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Cast":
+        return producer is not None and producer.op_type == "DynamicQuantizeLinear"
+    source = producer.inputs[0]
+    return source is not None and source.dtype is not None and source.dtype.is_integer()
 
 
 def _becomes_gemm(node: ir.Node) -> bool:
@@ -239,7 +297,7 @@ def _data_ports(node: ir.Node) -> list[int]:
 
 
 def _is_float(value: ir.Value) -> bool:
-    return value.dtype is ir.DataType.FLOAT
+    return isinstance(value.type, ir.TensorType) and value.dtype is ir.DataType.FLOAT
 
 
 def _input(node: ir.Node, port: int) -> ir.Value:

@@ -103,6 +103,8 @@ class QuantizeWeights(Pass):
                 reason = self._quantize(weight, opset, names, ctx)
             if reason is not None:
                 ctx.skip(weight, reason)
+        if not ctx.ledger.changes and not ctx.ledger.skips:
+            ctx.skip("model", "it has no constants")
 
     # Which ------------------------------------------------------------------------------------------------------------
 

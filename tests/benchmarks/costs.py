@@ -1,35 +1,39 @@
-"""Measures what operators cost in float and on int8, and writes ``passes/quantize/costs.json``.
+"""Measures what operators cost in float and on int8, and writes ``passes/quantize/costs-*.json``.
 
-    python tests/benchmarks/costs.py             # all of it: some ten minutes
-    python tests/benchmarks/costs.py matmul lstm # these parts anew, the rest as it is
-    python tests/benchmarks/costs_check.py       # predicted and measured ratios of whole nets
+    python tests/benchmarks/costs.py                      # all of it: some ten minutes; on a processor with VNNI
+    python tests/benchmarks/costs.py --only matmul,lstm   # these parts anew, the rest as it is
+    python tests/benchmarks/costs.py --processor avx2     # on one that seems to have no more than AVX2: see avx2.py
+    python tests/benchmarks/costs_check.py                # predicted and measured ratios of whole nets
 
 An operator's time is a slope: that of a net with five of it, less that of a net with one, over four. So what happens
 once at the ends of a chain of integer kernels does not count: QuantizeLinear, DequantizeLinear and Transpose have rows
 of their own. Operators on images stand between two convolutions, for there both runtimes of a net keep to their own
 layout of channels. All is CPU time of one thread, the models of a measurement take turns, the least of many rounds
-counts.
+counts. All is done ``--times`` over, and of these the median counts.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
 import math
 import platform
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import avx2
 import numpy as np
 import onnxruntime
 from elements import ELEMENTS, chain, rows
 from slopes import BOTH, Net, ending, rounded, slopes
 
-TABLE = Path(__file__).parents[2] / "passes/quantize/costs.json"
+FOLDER = Path(__file__).parents[2] / "passes/quantize"
 MOST_WORK, MOST_ELEMENTS = 4e8, 3.3e6  # multiply-adds and elements of a measured operator at most
 UNITS = "nanoseconds: per multiply-add in grids (axes in order, the last fastest), per element in elementwise"
 
@@ -190,7 +194,10 @@ def overhead() -> float:
     return round(min(slopes(chain("Neg", [16]), (False,))[0] for _ in range(5)))
 
 
-def processor() -> str:
+def processor(kind: str) -> str:
+    """What was measured: the instructions for integers that ONNX Runtime could see."""
+    if kind == "avx2":
+        return f"{platform.machine()} AVX2, of one with more"
     file = Path("/proc/cpuinfo")
     flags = file.read_text() if file.exists() else ""
     kinds = [name for flag, name in (("avx512_vnni", "AVX512-VNNI"), ("amx_int8", "AMX-INT8")) if f" {flag}" in flags]
@@ -203,28 +210,48 @@ def written(table: dict[str, Any]) -> str:
     return re.sub(r"\[[^\[\]{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
 
 
-def main() -> None:
-    wanted = sys.argv[1:] or [*GRIDS, "elementwise"]
-    table = json.loads(TABLE.read_text()) if TABLE.exists() and sys.argv[1:] else {"grids": {}, "elementwise": {}}
-    for name in wanted:
+def measured(parts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"call": overhead()}
+    for name in parts:
         print(name, flush=True)
-        if name == "elementwise":
-            table["elementwise"] = rows()
-        else:
-            table["grids"][name] = GRIDS[name]()
+        found[name] = rows() if name == "elementwise" else GRIDS[name]()
+    return found
+
+
+def median(tables: Sequence[Any]) -> Any:
+    """Number by number."""
+    if isinstance(tables[0], dict):
+        return {key: median([table[key] for table in tables]) for key in tables[0]}
+    if isinstance(tables[0], list):
+        return [median(numbers) for numbers in zip(*tables, strict=True)]
+    return statistics.median_low(tables)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processor", choices=("vnni", "avx2"), default="vnni")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[*GRIDS, "elementwise"])
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--seems", action="store_true", help=argparse.SUPPRESS)  # it does seem to have AVX2 alone
+    given = parser.parse_args()
+    if given.processor == "avx2" and not given.seems:
+        return avx2.run([*sys.argv, "--seems"])
+    file = FOLDER / f"costs-{given.processor}.json"
+    table = json.loads(file.read_text()) if file.exists() else {"elementwise": {}, "grids": {}}
+    found = median([measured(given.only) for _ in range(given.times)])
+    known = table["grids"] | {"elementwise": table["elementwise"]} | found
     head = {
         "made by": "tests/benchmarks/costs.py",
-        "machine": {"processor": processor(), "threads": 1, "onnxruntime": onnxruntime.__version__},
+        "machine": {"processor": processor(given.processor), "threads": 1, "onnxruntime": onnxruntime.__version__},
         "units": UNITS,
-        "call": overhead(),
+        "call": known["call"],
         "elements": list(ELEMENTS),
+        "elementwise": known["elementwise"],
+        "grids": {name: known[name] for name in sorted(GRIDS)},
     }
-    parts = {
-        "elementwise": table["elementwise"],
-        "grids": {name: table["grids"][name] for name in sorted(table["grids"])},
-    }
-    TABLE.write_text(written(head | parts))
+    file.write_text(written(head))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """How well the cost table foretells whole nets: predicted and measured int8/float ratios, side by side.
 
     python tests/benchmarks/costs_check.py [names]
+    python tests/benchmarks/avx2.py tests/benchmarks/costs_check.py avx2 [names]    # of the table for AVX2, on such
 
 Every net is quantized by onnxruntime.quantization (QDQ, uint8 activations, int8 weights per channel) wherever it can,
 also where that loses; the interesting figure is whether the table tells which. CPU time of one thread, interleaved.
@@ -24,12 +25,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from slopes import opened, seconds
 
 import penjing
-from penjing.ir.constants import is_constant
 from penjing.ir.files import load, save
-from penjing.ir.kernels import integer, obstacle
+from penjing.ir.kernels import bounds, integer, obstacle
 from penjing.ir.shapes import infer_shapes
 from penjing.models import zoo
-from penjing.passes.quantize import costs
+from penjing.passes.quantize.costs import Table
 from penjing.runtime.kernels import kernels
 
 Feed = dict[str, Any]
@@ -69,30 +69,30 @@ def prepared(model: ir.Model, sizes: list[int], path: Path) -> Feed:
     return {value.name or "": random.random(sizes, np.float32) for value in model.graph.inputs}
 
 
-def predicted(model: ir.Model) -> tuple[float, int]:
+def predicted(model: ir.Model, table: Table) -> tuple[float, int]:
     """Seconds by the table, and how many layers it takes for integer."""
     infer_shapes(model)
     on_integers = {node for node in model.graph if integer(node) and obstacle(node) is None}
     total, layers = 0.0, 0
     for node in model.graph:
-        total += cost(node, on_integers)
+        total += cost(node, on_integers, table)
         layers += node in on_integers and node.op_type in ("Conv", "MatMul", "Gemm")
     return total / 1e9, layers
 
 
-def cost(node: ir.Node, on_integers: set[ir.Node]) -> float:
+def cost(node: ir.Node, on_integers: set[ir.Node], costs: Table) -> float:
     size = math.prod(size if isinstance(size, int) else 1 for size in node.outputs[0].shape or ())
     if node.op_type == "QuantizeLinear":
         maker = node.inputs[0].producer() if node.inputs[0] else None
-        if maker in on_integers or (maker and costs.bounds(maker) and maker.inputs[0].producer() in on_integers):
+        if maker in on_integers or (maker and bounds(maker) and maker.inputs[0].producer() in on_integers):
             return 0.0
         return costs.quantize_cost(size)
     readers = [use.node for use in node.outputs[0].uses()]
     if node.op_type == "DequantizeLinear":
         if all(reader in on_integers for reader in readers):
             return 0.0
-        return costs.weights_cost(size) if is_constant(node.inputs[0]) else costs.dequantize_cost(size)
-    if costs.bounds(node) and [reader.op_type for reader in readers] == ["QuantizeLinear"]:
+        return costs.dequantize_cost(size)
+    if bounds(node) and [reader.op_type for reader in readers] == ["QuantizeLinear"]:
         maker = node.inputs[0].producer() if node.inputs[0] else None
         if maker in on_integers:
             return 0.0
@@ -101,8 +101,10 @@ def cost(node: ir.Node, on_integers: set[ir.Node]) -> float:
 
 def main() -> None:
     print(f"{'':12} {'float ms':>9} {'foretold':>9} {'int8 ms':>9} {'foretold':>9} {'ratio':>6} {'foretold':>9} layers")
+    names = [name for name in sys.argv[1:] if name != "avx2"]
+    table = Table.of("cpu-avx2" if "avx2" in sys.argv[1:] else "cpu-vnni")
     for name, model, sizes in cases():
-        if sys.argv[1:] and name not in sys.argv[1:]:
+        if names and name not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path, to = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
@@ -111,7 +113,7 @@ def main() -> None:
             quantize_static(path, to, OneFeed(feed), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
             before, after = seconds([opened(str(path), feed), opened(str(to), feed)], 40)
             float_model, int8_model = load(path), load(to)
-            (told, _), (told_after, layers) = predicted(float_model), predicted(int8_model)
+            (told, _), (told_after, layers) = predicted(float_model, table), predicted(int8_model, table)
             found = kernels(int8_model)
         figures = f"{before * 1e3:9.3f} {told * 1e3:9.3f} {after * 1e3:9.3f} {told_after * 1e3:9.3f}"
         counts = f"{layers} for {found.fused} of {found.layers}"

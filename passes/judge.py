@@ -1,4 +1,4 @@
-"""How far the outputs of a quantized model are from those of the float model, and whether that is near enough."""
+"""How far the outputs of a compressed model are from those of the float model, and whether that is near enough."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.errors import BadFeeds
-from ..base import Array, Context, Outputs
+from ..ir.errors import BadFeeds
+from .base import Array, Context, Outputs
 
 MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
 _HELD = 256 * 2**20  # bytes of outputs of the float model that are kept, not computed again
@@ -29,11 +29,17 @@ class Bars:
 @dataclass(slots=True)
 class Fidelity:
     """How a model compares with the float one: by output the SQNR in dB, and of how many cases how many are not the
-    same; and the drop of the metric."""
+    same; the greatest max|Δ|/max|y| of a float output; and the drop of the metric.
+
+    ``typical`` is noise over signal of the worst output in the run of the median. Where a run flips between two answers
+    all noise of the others is little beside that, so it says more about where noise comes from than their sum.
+    """
 
     sqnr: dict[str, float] = field(default_factory=dict)
     flips: dict[str, tuple[int, int]] = field(default_factory=dict)
     drop: float | None = None
+    error: float = 0.0
+    typical: float = 0.0
 
     def distance(self, bars: Bars) -> float:
         """What is lost as a share of what is allowed: at most 1 is good, the less the better.
@@ -70,7 +76,7 @@ class Judge:
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = ctx.runner.score(model) if ctx.has("metric") else None
         self._kept = self._keep()
-        if self._kept and not any(np.size(output) for outputs in self._kept for output in outputs.values()):
+        if self._kept and not any(_holds_something(output) for outputs in self._kept for output in outputs.values()):
             raise BadFeeds(
                 "The data give nothing but empty outputs, so that no model could be judged by them; give samples."
             )
@@ -88,7 +94,9 @@ class Judge:
         result = Fidelity(
             {name: one.sqnr for name, one in sums.items() if one.is_float},
             {name: (one.rows - one.same, one.rows) for name, one in sums.items() if one.rows},
+            error=max((_share(one.farthest, one.greatest) for one in sums.values()), default=0.0),
         )
+        result.typical = max((one.typical for one in sums.values() if one.is_float), default=0.0)
         if self.score is not None and metric:
             result.drop = self.score - self.runner.score(model)
         return result
@@ -178,14 +186,20 @@ class _Sums:
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
+        self.greatest = self.farthest = 0.0
         self.rows = self.same = 0
         self.is_float = False
+        self.ratios: list[float] = []  # noise over signal of each array
         self.channels: dict[int, tuple[Array, Array, Array]] = {}  # by axis: signal, noise, greatest magnitude
 
     @property
     def sqnr(self) -> float:
         """In dB; where channels fall into two classes of scale, that of the worse class."""
         return min([_ratio(self.signal, self.noise), *(_worse_class(*sums) for sums in self.channels.values())])
+
+    @property
+    def typical(self) -> float:
+        return float(np.median(self.ratios)) if self.ratios else 0.0
 
     def add(self, wanted: Any, found: Any) -> None:
         """Take in what the float model gave and what the other did."""
@@ -213,16 +227,21 @@ class _Sums:
         self.signal += float(power.sum())
         if wanted.shape != found.shape:
             self.noise += float(power.sum()) or 1.0
+            self.farthest = math.inf
             return
         other = found.astype(np.float64)
         lost = not np.isfinite(other[finite]).all() or not np.array_equal(
             signal[~finite], other[~finite], equal_nan=True
         )
         if lost:
-            self.noise = math.inf
+            self.noise = self.farthest = math.inf
+            self.ratios.append(math.inf)
             return
         noise = np.square(np.subtract(other, signal, out=np.zeros_like(signal), where=finite))
         self.noise += float(noise.sum())
+        self.ratios.append(float(noise.sum()) / (float(power.sum()) or 1.0))
+        self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
+        self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
         self._by_channel(power, noise)
         if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):
             self.rows += len(signal)
@@ -244,6 +263,11 @@ class _Sums:
 def _are_directions(rows: Array) -> bool:
     """Whether each row has length 1, as embeddings have, and no scores of classes: their largest entry says nothing."""
     return bool(np.all(np.abs(np.square(rows).sum(1) - 1) < 1e-3)) and bool((rows < 0).any())
+
+
+def _holds_something(output: Any) -> bool:
+    """Whether an output has elements; sequences, maps and optionals count as such."""
+    return not isinstance(output, np.ndarray) or output.size > 0
 
 
 def _share(lost: float, allowed: float) -> float:

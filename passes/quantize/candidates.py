@@ -1,0 +1,127 @@
+"""What choices for a model make of it, and how that compares with the float model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from ...ir.affine import S8, S8_7BIT, U8
+from ...ir.files import saved_bytes
+from ...ir.scopes import scopes
+from ..base import Context
+from ..feeds import Some
+from ..judge import Bars, Fidelity, Judge
+from ..meter import Meter
+from ..selection import Selection
+from .costs import Table, Target
+from .filters import is_filter_bank
+from .insertion import Grids
+from .observe import Observed, observe
+from .placement import Costs, Foretold
+from .plan import Plan, forget_shapes, known_shapes, prepare
+from .treatments import Choice, Treated, layers, predicted, treat
+
+TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
+_IN_HAND = 0.3  # dB: of many choices the one that just holds the bound on these data is likely not to on others
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice, the model that it makes, and how that compares with the float model.
+
+    ``distance`` is what is lost as a share of what the search allows. ``good``: the bounds of the user hold.
+    """
+
+    choice: Choice
+    treated: Treated
+    fidelity: Fidelity
+    distance: float
+    good: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A form of the float model that choices are made for, and what the data say of its activations."""
+
+    model: ir.Model
+    observed: Observed
+    layers: dict[str, ir.Node]
+
+    @classmethod
+    def of(cls, model: ir.Model, ctx: Context, runs: int | None = None) -> Subject:
+        """From one sweep over all of the data, or about so many ``runs`` of them."""
+        feeds = None if runs is None else Some(ctx.data, runs)
+        return cls(model, observe(Plan.of(model), ctx, feeds=feeds), layers(model))
+
+    def predicted(self, choice: Choice, costs: Costs) -> float:
+        """Nanoseconds of a run, of what could be on integers."""
+        return predicted(self.model, choice, self.observed, costs)
+
+    def addresses(self) -> list[str]:
+        """Every unit and layer, as they come in the graph."""
+        units = {unit.address for _, members in Plan.of(self.model).units for unit in members}
+        return [
+            address
+            for scope in scopes(self.model)
+            for node in scope.graph
+            if (address := scope.address(node)) in units or address in self.layers
+        ]
+
+
+class Bench:
+    """Where candidates are made and judged. ``subject`` is the form of the model that is worked on."""
+
+    def __init__(self, original: ir.Model, ctx: Context, bars: Bars, target: Target, keep: Selection) -> None:
+        self.original, self.ctx, self.bars, self.keep = original, ctx, bars, keep
+        self.strict = replace(bars, min_sqnr=bars.min_sqnr + _IN_HAND)
+        self.grids = Grids(U8, S8_7BIT if target == "cpu-avx2" else S8)
+        self.costs: Costs = Foretold(Table.of(target))
+        self.known = known_shapes(original)
+        self.judge = Judge(original, ctx)
+        self.meter: Meter | None = None
+        self.preparation = ctx.for_step(ctx.step)
+        model = copy(original)
+        prepare(model, self.preparation)
+        self.subject = Subject.of(model, ctx)
+
+    def is_kept(self, node: ir.Node) -> bool:
+        """Whether a layer stays in float in any case."""
+        return node in self.keep or is_filter_bank(node)
+
+    def tried(self, choice: Choice, subject: Subject | None = None) -> Candidate:
+        """What a choice makes, compared on some of the feeds, without the metric."""
+        treated = self.treat(choice, self.ctx.for_step(self.ctx.step), subject)
+        return self._candidate(choice, treated, self.judge.fidelity(treated.model, runs=TRIED, metric=False))
+
+    def whole(self, choice: Choice) -> Candidate:
+        """What a choice makes, judged on all feeds and by the metric."""
+        treated = self.treat(choice, self.ctx.for_step(self.ctx.step))
+        return self._candidate(choice, treated, self.judge.fidelity(treated.model))
+
+    def treat(self, choice: Choice, ctx: Context, subject: Subject | None = None) -> Treated:
+        """The model that a choice makes; ``ctx`` takes the ledger."""
+        subject = subject or self.subject
+        treated = treat(subject.model, choice, subject.observed, self.grids, self.costs, ctx)
+        forget_shapes(treated.model, self.known)
+        return treated
+
+    def noise(self, choice: Choice) -> float:
+        """What a choice puts into the outputs, by a ``Meter``."""
+        self.meter = self.meter or Meter(self.subject.model, self.judge, TRIED)
+        return self.meter.noise(self.treat(choice, self.ctx.for_step(self.ctx.step)).model)
+
+    def gains(self, candidate: Candidate) -> bool:
+        """Whether it is smaller than the original, or as large and faster by the table."""
+        before, after = saved_bytes(self.original), saved_bytes(candidate.treated.model)
+        return after < before or (after == before and bool(candidate.treated.static or candidate.treated.dynamic))
+
+    def _candidate(self, choice: Choice, treated: Treated, fidelity: Fidelity) -> Candidate:
+        return Candidate(choice, treated, fidelity, fidelity.distance(self.strict), fidelity.distance(self.bars) <= 1)
+
+
+def copy(model: ir.Model) -> ir.Model:
+    """A copy that shares the weights, with what is remembered of the model."""
+    made = model.clone()
+    made.meta.update(model.meta)
+    return made
