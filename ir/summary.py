@@ -12,6 +12,10 @@ import onnx_ir as ir
 
 from .address import bodies, graphs, printable
 from .files import saved_bytes
+from .packing.census import Census
+from .packing.choose import smallest
+from .packing.decoded import decoders
+from .sparse import SparseTensor
 from .storage import DISTINCT_LIMIT, least_bytes, value_counts
 from .text import dtype_text, type_text
 from .weights import Weight, weights
@@ -49,7 +53,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One constant. ``distinct`` is None above 65,536 values; ``entropy_bytes`` bounds any element-wise storage."""
+    """One constant. ``distinct`` is None above 65,536 values; ``entropy_bytes`` bounds any element-wise storage.
+
+    ``storage`` is the smallest exact storage that pack-weights knows for it, ``storage_bytes`` what that takes.
+    """
 
     address: str
     type: str
@@ -61,6 +68,8 @@ class WeightSummary:
     distinct: int | None
     bytes: int
     entropy_bytes: int
+    storage: str
+    storage_bytes: int
 
     @property
     def sparsity(self) -> float:
@@ -95,6 +104,11 @@ class Summary:
         """What the file could shrink to if each weight were stored at its entropy."""
         return self.figures.bytes - sum(weight.bytes - weight.entropy_bytes for weight in self.weights)
 
+    @property
+    def storage_bytes(self) -> int:
+        """What the file would take with each weight in its smallest exact storage."""
+        return self.figures.bytes - sum(weight.bytes - weight.storage_bytes for weight in self.weights)
+
     def lines(self) -> list[tuple[str, str]]:
         """Name and value of each fact, as text that is safe to print."""
         figures = self.figures
@@ -117,13 +131,18 @@ class Summary:
                 f"{figures.sparsity:.4%} of {figures.weights:,} prunable weights ({figures.zeros:,} are zero)",
             ),
             ("of all floats", f"{figures.float_sparsity:.4%} of {figures.floats:,}"),
-            ("bytes", f"{figures.bytes:,} on disk; {self.entropy_bytes:,} with every weight at its entropy"),
+            (
+                "bytes",
+                f"{figures.bytes:,} on disk; {self.storage_bytes:,} with every weight in its smallest exact storage; "
+                f"{self.entropy_bytes:,} with every weight at its entropy",
+            ),
             *(("metadata", f"{key} = {_short(value)}") for key, value in self.metadata.items()),
         ]
         return [(name, printable(value)) for name, value in lines]
 
     def as_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self) | {"figures": self.figures.as_json(), "entropy_bytes": self.entropy_bytes}
+        found["storage_bytes"] = self.storage_bytes
         for weight, entry in zip(self.weights, found["weights"], strict=True):
             entry["sparsity"] = weight.sparsity
         return {"schema": 1} | found
@@ -156,7 +175,8 @@ def _figures(model: ir.Model, constants: list[Weight], zeros_of: Callable[[Weigh
 def summarize(model: ir.Model, size: int | None = None) -> Summary:
     """Everything about ``model`` that can be told without running it; ``size`` as in ``figures``."""
     constants = weights(model)
-    read = {weight: _Contents.of(weight) for weight in constants}
+    packed = {leaf for decoder in decoders(model) for leaf in decoder.leaves}
+    read = {weight: _Contents.of(weight, weight.value in packed) for weight in constants}
     nodes = [node for _, graph in graphs(model) for node in graph]
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     return Summary(
@@ -186,19 +206,31 @@ class _Contents:
     zeros: int
     distinct: int | None
     least_bytes: int
+    storage: str
+    storage_bytes: int
 
     @classmethod
-    def of(cls, weight: Weight) -> _Contents:
+    def of(cls, weight: Weight, packed: bool) -> _Contents:
+        """``packed``: it is a part of what a decoder decodes."""
         if weight.dtype is ir.DataType.STRING:
-            return cls(0, None, weight.nbytes)
+            return cls(0, None, weight.nbytes, "dense", weight.nbytes)
         tensor, zero = weight.tensor, weight.zero
         found = value_counts(tensor)
+        storage = ("packed", weight.nbytes) if packed else _storage(weight, Census(tensor, found))
         if found is None:
             zeros = weight.zeros()
-            return cls(zeros, None, min(weight.nbytes, least_bytes(tensor, zeros, None)))
+            return cls(zeros, None, min(weight.nbytes, least_bytes(tensor, zeros, None)), *storage)
         values, counts = found
         zeros = int(counts[values == zero.reshape(())].sum()) if zero.size == 1 else weight.zeros()
-        return cls(zeros, len(values), min(weight.nbytes, least_bytes(tensor, zeros, counts)))
+        return cls(zeros, len(values), min(weight.nbytes, least_bytes(tensor, zeros, counts)), *storage)
+
+
+def _storage(weight: Weight, census: Census) -> tuple[str, int]:
+    """The smallest exact storage and its bytes, where that saves more than its decoder takes."""
+    found = smallest(census)
+    if found is not None and (saved := found.saves(census, weight.value.name or "")):
+        return found.word, weight.nbytes - saved
+    return "sparse" if isinstance(weight.tensor, SparseTensor) else "dense", weight.nbytes
 
 
 def _summary(weight: Weight, read: _Contents) -> WeightSummary:
@@ -214,6 +246,8 @@ def _summary(weight: Weight, read: _Contents) -> WeightSummary:
         distinct=read.distinct,
         bytes=weight.nbytes,
         entropy_bytes=read.least_bytes,
+        storage=read.storage,
+        storage_bytes=read.storage_bytes,
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..ir.address import graphs
@@ -124,9 +125,9 @@ def judge_passes(
         return [judge]
     reasons = judge.breaches("rounding", max(rounding, 1))
     if not rounding and not half:  # ONNX Runtime computes half types in float32, and rounds where it sees fit
-        exact = Judge()
-        plain = runner.run(before, feeds, level="off")
-        for old, new in zip(plain, _guarded(runner, after, feeds, "off"), strict=False):
+        exact, bare = Judge(), _bare(runner)
+        plain = bare.run(before, Fitted(feeds, before), level="off")
+        for old, new in zip(plain, _guarded(bare, after, feeds, "off"), strict=False):
             if isinstance(new, str):
                 return [new]
             exact.add(old, old, new)
@@ -150,7 +151,8 @@ def half_tolerance(model: ir.Model) -> float:
 def judge_models(before: ir.Model, after: ir.Model, feeds: Feeds, runner: OrtRunner, least: float = 0.0) -> Judge | str:
     """A judge that has seen both models on all feeds, or a sentence where ``after`` fails on a feed ``before`` took."""
     judge = Judge(least)
-    expected = zip(runner.run(before, feeds), runner.run(before, feeds, level="off"), strict=True)
+    own = Fitted(feeds, before)
+    expected = zip(runner.run(before, own), runner.run(before, own, level="off"), strict=True)
     found = _guarded(runner, after, feeds)
     for (old, plain), new in zip(expected, found, strict=True):
         if isinstance(new, str):
@@ -169,6 +171,25 @@ def compare_reference(
             return found
         judge.add(wanted, None, found)
     return judge.comparison
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """``feeds`` with their floats in the types that ``model`` takes them in: a pass may have changed those."""
+
+    feeds: Feeds
+    model: ir.Model
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        types = {value.name: value.dtype.numpy() for value in self.model.graph.inputs if value.dtype is not None}
+        for feed in self.feeds:
+            yield {name: _as_float(array, types.get(name)) for name, array in feed.items()}
+
+
+def _as_float(array: Any, dtype: Any) -> Any:
+    if not isinstance(array, np.ndarray) or dtype is None or array.dtype == dtype:
+        return array
+    return array.astype(dtype) if array.dtype.kind == "f" and np.dtype(dtype).kind in "fV" else array
 
 
 def bisect(passes: Sequence[Pass], start: ir.Model, feeds: Feeds, runner: OrtRunner, ctx: Context) -> Breach | None:
@@ -236,6 +257,12 @@ def _judge_reference(
     return judge.breaches("rounding", 1) or (exact.breaches("same", 1) if effect is Effect.SAME else [])
 
 
+def _bare(runner: OrtRunner) -> OrtRunner:
+    """One that leaves weights as they are stored, which is an optimization too: with these off a weight that nodes
+    decode is not packed for its kernel, as one that lies in the file would be, and packing moves last bits."""
+    return OrtRunner(threads=runner.threads, prepack=False)
+
+
 def _runs(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
     return [found for found in _guarded(runner, model, feeds) if isinstance(found, str)][:1]
 
@@ -243,7 +270,7 @@ def _runs(model: ir.Model, feeds: Feeds, runner: OrtRunner) -> list[str]:
 def _guarded(runner: OrtRunner, model: ir.Model, feeds: Feeds, level: str = "all") -> Iterator[Outputs | str]:
     """The outputs of each run; where the model fails, a sentence instead, which is the last."""
     try:
-        yield from runner.run(model, feeds, level=level)
+        yield from runner.run(model, Fitted(feeds, model), level=level)
     except BadFeeds:
         raise
     except Exception as error:

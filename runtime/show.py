@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_OPERATORS = 3  # shown for one value of a blame; --json has all
 MOST_LINES = 6  # kinds of change, and reasons of skips, shown for one pass; --json has all
-_NUMERIC = {"seconds", "zeros", "distinct", "bytes", "entropy", "ratio", "cosine"}
+_NUMERIC = {"seconds", "zeros", "distinct", "bytes", "packed", "entropy", "ratio", "cosine"}
 _NUMERIC |= {"SQNR dB", "injected dB", "accumulated dB"}
 
 
@@ -107,7 +107,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     for name, value in summary.lines():
         facts.add_row(f"[bold]{name}[/]", plain(value))
     console.print(facts)
-    table = _table("weight", "type", "place", "used by", "zeros", "distinct", "bytes", "entropy")
+    table = _table("weight", "type", "place", "used by", "zeros", "distinct", "bytes", "packed", "storage", "entropy")
     for weight in summary.weights:
         table.add_row(
             plain(printable(weight.address)),
@@ -117,6 +117,8 @@ def show_summary(summary: Summary, console: Console) -> None:
             f"{weight.sparsity:.1%}",
             weight.distinct_text,
             f"{weight.bytes:,}",
+            f"{weight.storage_bytes:,}",
+            plain(weight.storage),
             f"{weight.entropy_bytes:,}",
         )
     console.print(table)

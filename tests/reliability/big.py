@@ -46,7 +46,7 @@ class Chain:
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self.file = (folder / "weights.data").open("wb")
-        self.noise = np.random.default_rng(SEED).standard_normal(1 << 20, np.float32)
+        self.noise = np.random.default_rng(SEED).standard_normal((1 << 20) + 1, np.float32)  # rows do not repeat
 
     def weight(self, *dims: int, seed: int | None = None, hole: bool = False) -> str:
         """A random weight; equal seeds and dims give equal ones. A hole is zeros that take no disk."""

@@ -1,0 +1,78 @@
+"""Which exact storage of a tensor is the smallest, and how many bytes it takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .census import Census
+from .places import PLACES, Pairs
+from .repeats import Repeats
+from .tape import Tape
+from .values import VALUES
+
+_NODE = 70  # bytes of a node and its settings, less the names in it
+_NAMES = 4  # times that the weight's name is in it, or in a constant of its own
+LEAST = 1 << 10  # bytes: what saves less is not worth its nodes
+
+WORDS = ("palette", "bitmask", "gaps", "narrow", "repeat")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A way to store a tensor: ``word`` says it, ``bytes`` are those of its constants, ``opset`` the least it needs,
+    ``nodes`` about how many decode it; ``made`` makes them, but for the last."""
+
+    word: str
+    bytes: int
+    opset: int
+    nodes: int
+    made: Callable[[Tape, Census], ir.Value]
+
+    def build(self, tape: Tape, census: Census) -> ir.Value:
+        """Nodes whose last gives the tensor, in its shape."""
+        made = self.made(tape, census)
+        if tape.lengths[made] != census.size:
+            made = tape.first(made, census.size)
+        return tape.op("Reshape", made, tape.dims(*census.shape))
+
+    def saves(self, census: Census, name: str) -> int:
+        """At least how many bytes it takes off the file; 0 where it is not worth it."""
+        less = census.bytes - self.bytes
+        return max(0, less - self.overhead(name)) if less > LEAST else 0
+
+    def overhead(self, name: str = "") -> int:
+        """About the bytes of the nodes, with the names that they take from that of the weight."""
+        return self.nodes * (_NODE + _NAMES * len(name.encode()))
+
+
+def storages(census: Census) -> Iterator[Storage]:
+    """Every way to store a tensor exactly, other than as it is."""
+    if census.obstacle is not None:
+        return
+    for whole in (Repeats(), Pairs()):
+        if (size := whole.bytes(census)) is not None:
+            yield Storage(whole.word, size, whole.opset, whole.nodes(census) + 1, whole.build)
+    for places in PLACES:
+        for values in VALUES:
+            word = " over ".join(filter(None, (places.word, values.word * (values.word != "dense"))))
+            size = places.bytes(census, values) if word else None
+            if size is not None:
+                opset, nodes = max(places.opset, values.opset(census)), places.nodes(census, values) + 1
+                yield Storage(word, size, opset, nodes, functools.partial(places.build, values=values))
+
+
+def smallest(census: Census, encoding: str = "auto", opset: int | None = None) -> Storage | None:
+    """The smallest of them; None where there is none.
+
+    ``encoding``: one of ``WORDS``, which it then uses; ``opset``: the newest that it may need.
+    """
+    found = [
+        storage
+        for storage in storages(census)
+        if (encoding == "auto" or encoding in storage.word) and (opset is None or storage.opset <= opset)
+    ]
+    return min(found, key=lambda storage: storage.bytes + storage.overhead(), default=None)

@@ -1,0 +1,232 @@
+"""How the places of elements are held. The values of those that are kept come first to last, after the background's.
+
+What all others are, the background, is the pattern that occurs most: zero in pruned weights, the zero point in
+quantized ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from ..storage import Array
+from . import digits
+from .census import Census
+from .streams import Flow
+from .tape import Tape
+from .values import Values, numbers
+
+GAPS = (4, 6, 8, 9, 12, 16, 18, 24, 32, 48, 64, 96, 128, 256)
+"""The greatest gaps that an entry can bridge, one of which is chosen."""
+
+NODE = 100  # bytes of one more node
+_MOST_PAIRED = 64  # values that leave a byte gaps up to 4
+_FAR = 1 << 30
+
+
+class Places(Protocol):
+    """A storage of places. ``opset`` is the least that its operators need."""
+
+    word: str
+    opset: int
+
+    def nodes(self, census: Census, values: Values) -> int:
+        """About how many nodes read both."""
+        ...
+
+    def bytes(self, census: Census, values: Values) -> int | None:
+        """What they and the values take; None where they cannot be held so."""
+        ...
+
+    def build(self, tape: Tape, census: Census, values: Values) -> ir.Value:
+        """Nodes whose last gives all elements, flat."""
+        ...
+
+
+class Everywhere:
+    """Every element has its value."""
+
+    word, opset = "", 5
+
+    def nodes(self, census: Census, values: Values) -> int:
+        return values.nodes(census, census.size)
+
+    def bytes(self, census: Census, values: Values) -> int | None:
+        return values.bytes(census, census.size)
+
+    def build(self, tape: Tape, census: Census, values: Values) -> ir.Value:
+        return values.build(tape, census, census.size, census.patterns)
+
+
+class Bitmask:
+    """A bit for each element says whether it is kept. To decode, a table tells each byte's own ranks, and a running
+    sum over bytes how many were kept before."""
+
+    word, opset = "bitmask", 12
+
+    def nodes(self, census: Census, values: Values) -> int:
+        return values.nodes(census, census.kept + 1) + (8 if census.size % 8 == 0 else 10)
+
+    def bytes(self, census: Census, values: Values) -> int | None:
+        held = values.bytes(census, census.kept + 1)
+        return None if held is None else held + (census.size + 7) // 8
+
+    def build(self, tape: Tape, census: Census, values: Values) -> ir.Value:
+        background = np.array([census.background], census.bits)
+
+        def kept() -> Flow:
+            yield background
+            yield from (block[block != background] for block in census.patterns())
+
+        def mask() -> Flow:  # blocks hold a multiple of 8 elements
+            return (np.packbits(block != background, bitorder="little") for block in census.patterns())
+
+        table = tape.flat(values.build(tape, census, census.kept + 1, kept))
+        stored = tape.stored("mask", mask, (census.size + 7) // 8, ir.DataType.UINT8)
+        ranks, counts = _rank_tables(tape)
+        index = tape.op("Cast", stored, to=ir.DataType.INT32)
+        before = tape.op("CumSum", tape.op("Gather", counts, index), tape.axis(), exclusive=1)
+        rank = tape.op("Max", tape.op("Add", tape.op("Gather", ranks, index), before), tape.axis())
+        return tape.op("Gather", table, rank, length=-(-census.size // 8) * 8, rows=True)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _Size:
+    """What gaps up to ``gap`` take: ``cost`` in bytes with their nodes, without, and how many nodes."""
+
+    cost: int
+    bytes: int
+    nodes: int
+    gap: int
+
+
+class Gaps:
+    """A number for each entry says how far on the next is; longer gaps are bridged by entries of the background."""
+
+    word, opset = "gaps", 11
+
+    def nodes(self, census: Census, values: Values) -> int:
+        found = self._sizes(census, values)
+        return min(found).nodes if found else 0
+
+    def bytes(self, census: Census, values: Values) -> int | None:
+        found = self._sizes(census, values)
+        return min(found).bytes if found else None
+
+    def _sizes(self, census: Census, values: Values) -> list[_Size]:
+        found = []
+        for gap in GAPS:
+            count = census.entries(gap)
+            held = None if count is None else values.bytes(census, count)
+            if count is not None and held is not None:
+                size = held + digits.stored_bytes(gap, count)
+                nodes = 5 + values.nodes(census, count) + digits.nodes(gap, count)
+                found.append(_Size(size + NODE * nodes, size, nodes, gap))
+        return found
+
+    def build(self, tape: Tape, census: Census, values: Values) -> ir.Value:
+        gap = min(self._sizes(census, values)).gap
+        count = census.entries(gap) or 0
+        updates = values.build(tape, census, count, lambda: (kept for _, kept in _entries(census, gap)))
+        updates = tape.first(updates, count)
+        stored = digits.write(tape, "gaps", gap, count, lambda: (steps for steps, _ in _entries(census, gap)))
+        steps = tape.first(digits.read(tape, gap, count, stored, 1), count)
+        places = tape.op("CumSum", steps, tape.axis(), exclusive=1)
+        return _scattered(tape, census, places, updates)
+
+
+class Pairs:
+    """Gaps over a palette with one byte for both: the digit below the number of values says which one it is."""
+
+    word, opset = "gaps paired with palette", 11
+
+    def nodes(self, census: Census) -> int:
+        return 7
+
+    def bytes(self, census: Census) -> int | None:
+        limit = 0 if census.palette is None else len(census.palette)
+        count = census.entries(256 // limit) if 1 < limit <= _MOST_PAIRED else None
+        return None if count is None else count + limit * census.bits.itemsize
+
+    def build(self, tape: Tape, census: Census) -> ir.Value:
+        palette = census.palette
+        assert palette is not None
+        limit = len(palette)
+
+        def pairs() -> Flow:
+            for steps, kept in _entries(census, 256 // limit):
+                yield (steps * limit + numbers(palette, kept)).astype(np.uint8)
+
+        stored = tape.stored("pairs", pairs, census.entries(256 // limit) or 0, ir.DataType.UINT8)
+        index = tape.op("Cast", stored, to=ir.DataType.INT32)
+        steps, places = _pair_tables(tape, limit)
+        table = tape.op("Gather", tape.constant("palette", palette.view(census.dtype.numpy())), places)
+        before = tape.op("CumSum", tape.op("Gather", steps, index), tape.axis(), exclusive=1)
+        return _scattered(tape, census, before, tape.op("Gather", table, index))
+
+
+def _pair_tables(tape: Tape, limit: int) -> tuple[ir.Value, ir.Value]:
+    """int32 [256] each: what each byte says of the gap, from 1 on, and of the palette."""
+    with tape.sharing(f"pairs_{limit}") as steps, tape.sharing(f"paired_{limit}") as places:
+        if steps.made is None or places.made is None:
+            each = tape.op("Reshape", tape.every_byte(), tape.dims(-1))
+            divisor = tape.constant("limit", np.asarray(limit, np.int32))
+            places.made = tape.op("Mod", each, divisor)
+            one = tape.constant("one", np.asarray(1, np.int32))
+            steps.made = tape.op("Add", tape.op("Div", each, divisor), one)
+        return steps.made, places.made
+
+
+def _scattered(tape: Tape, census: Census, places: ir.Value, updates: ir.Value) -> ir.Value:
+    """A flat background with these in it."""
+    empty = np.array([census.background], census.bits).view(census.dtype.numpy())
+    filled = tape.filled(census.size, empty)
+    return tape.op("ScatterElements", filled, places, updates, length=census.size, axis=0)
+
+
+def _entries(census: Census, gap: int) -> Iterator[tuple[Array, Array]]:
+    """For each entry, its distance to the next less one (0 for the last of all) and its pattern, a part at a time.
+
+    No two are more than ``gap`` apart; the first element has one in any case.
+    """
+    last, start = 0, 0
+    pattern = np.zeros(1, census.bits)
+    for block in census.patterns():
+        if start == 0:
+            pattern = block[:1]
+        places = np.flatnonzero(block != census.background) + start
+        places = places[places > 0]
+        steps = np.diff(places, prepend=last)
+        more = (steps - 1) // gap  # entries that bridge what is further
+        ends = np.cumsum(more + 1) - 1
+        found = np.full(int(more.sum()) + places.size, gap - 1, np.int64)
+        found[ends] = steps - more * gap - 1
+        kept = np.full(found.size + 1, census.background, census.bits)
+        kept[0], kept[1:][ends] = pattern[0], block[places - start]
+        yield found, kept[:-1]
+        pattern, start = kept[-1:], start + block.size
+        last = int(places[-1]) if places.size else last
+    yield np.zeros(1, np.int64), pattern
+
+
+def _rank_tables(tape: Tape) -> tuple[ir.Value, ir.Value]:
+    """int32 [256, 8] and [256, 1]: for each byte, which of its set bits each bit is, from 1 on, negative where it is
+    not set; and how many are set."""
+    with tape.sharing("ranks") as ranks, tape.sharing("counts") as counts:
+        if ranks.made is None or counts.made is None:
+            bits = digits.Plane(2, 1).table(tape, 0)
+            along = tape.constant("along", np.asarray(1, np.int32))
+            running = tape.op("CumSum", bits, along)
+            far = tape.constant("far", np.asarray(_FAR, np.int32))
+            unset = tape.op("Sub", tape.op("Mul", bits, far), far)
+            ranks.made = tape.op("Add", running, unset)
+            last = tape.constant("last", np.array([7], np.int32))
+            counts.made = tape.op("Gather", running, last, axis=1)
+        return ranks.made, counts.made
+
+
+PLACES: tuple[Places, ...] = (Everywhere(), Bitmask(), Gaps())

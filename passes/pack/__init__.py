@@ -1,0 +1,1 @@
+"""The family that stores weights in fewer bytes, exactly."""

@@ -1,0 +1,1 @@
+"""Passes that let weights take shared values, and constants share one storage."""
