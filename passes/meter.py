@@ -25,7 +25,7 @@ class Meter:
         self.judge, self.runs = judge, runs
         self.feeds = judge.feeds[:: max(1, len(judge.feeds) // runs)]
         self.names = list(dict.fromkeys(_before(value) for value in model.graph.outputs if _is_float(value)))
-        self.wanted = [] if judge.states else list(judge.runner.run(model, self.feeds, self.names))
+        self.wanted = [] if judge.states or not self.names else list(judge.runner.run(model, self.feeds, self.names))
 
     def noise(self, model: ir.Model) -> float:
         """That of ``model``, against the one that the meter was made with."""

@@ -128,8 +128,8 @@ def gelu_by_tanh(
     tape: Tape, x: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
 ) -> Replacement:
     _require_float(x)
-    wanted = {cubic: 0.044715, root: math.sqrt(2 / math.pi), one: 1.0, half: 0.5}
-    if not all(math.isclose(_number(value), number, rel_tol=1e-5) for value, number in wanted.items()):
+    wanted = ((cubic, 0.044715), (root, math.sqrt(2 / math.pi)), (one, 1.0), (half, 0.5))
+    if not all(math.isclose(_number(value), number, rel_tol=1e-5) for value, number in wanted):
         decline("its numbers are not those of Gelu")
     return tape.Gelu(x, approximate="tanh")  # type: ignore[no-any-return]
 

@@ -29,13 +29,14 @@ class QuantizeAuto(Pass):
 
     Each layer is treated in the fastest way that the cost table knows: on integers with ranges from the data, on
     integers with ranges taken in each run, or in float with its weights stored in 8 bits. Where the outputs are then
-    too far from those of the float model, on the same data, other calibrators are tried, and then the layers that do
-    most harm are lifted: to float with stored weights, to weights of 16 bits, to float as it was, until the bounds
-    hold. The ledger says which, and why.
+    too far from those of the float model, on the same data, other calibrators are tried, smoothing, adaptive rounding
+    and corrected biases, and then the layers that do most harm for what they gain are lifted to float, until the bounds
+    hold: with weights of 8 bits, of 16 where that does too much harm, or as they were. The ledger says which, and why.
 
     With a metric its loss is at most `max-drop`. Without one, every float output has an SQNR of at least `min-sqnr`
     dB, and the largest entry of each row of an output [N, classes], and every entry of an integer output, is the same
-    in all but `max-drop` of the cases. Feeds in which a state goes from run to run are judged as such sequences.
+    in all but `max-drop` of the cases. Bounds that the run has for its checks count where they are stricter. Feeds in
+    which a state goes from run to run are judged as such sequences.
 
     With `timing=measure` the parts of this model are timed on this machine, in place of the table, and the JSON report
     says what they took; `decisions` names such a report, to decide by it again without the clock.
@@ -58,9 +59,14 @@ class QuantizeAuto(Pass):
     def effect(self) -> Effect:
         return Effect.LOSSY
 
+    def _bars(self, ctx: Context) -> Bars:
+        limits = ctx.limits
+        drop = limits.max_drop if limits.max_drop is not None and ctx.has("metric") else self.max_drop
+        return Bars(min(self.max_drop, drop), max(self.min_sqnr, limits.min_sqnr or self.min_sqnr))
+
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without data, ``BadFeeds`` for data that hold NaN or infinity."""
-        bench = Bench(model, ctx, Bars(self.max_drop, self.min_sqnr), self.target, self.keep)
+        bench = Bench(model, ctx, self._bars(ctx), self.target, self.keep)
         bench.costs = costs_by(self.timing, self.decisions, self.target, bench.grids, ctx)
         search = Search(bench)
         found = search.run()
