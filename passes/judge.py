@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..ir.errors import BadFeeds
 from .base import Array, Context, Outputs
+from .deviation import Deviation
 
 MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
 _HELD = 256 * 2**20  # bytes of outputs of the float model that are kept, not computed again
@@ -31,6 +32,7 @@ class Fidelity:
     """How a model compares with the float one: by output the SQNR in dB, and of how many cases how many are not the
     same; the greatest max|Δ|/max|y| of a float output; and the drop of the metric.
 
+    ``surely`` is the SQNR with noise one standard error more: on other data it may be so.
     ``typical`` is noise over signal of the worst output in the run of the median. Where a run flips between two answers
     all noise of the others is little beside that, so it says more about where noise comes from than their sum.
     """
@@ -39,16 +41,19 @@ class Fidelity:
     flips: dict[str, tuple[int, int]] = field(default_factory=dict)
     drop: float | None = None
     error: float = 0.0
+    surely: dict[str, float] = field(default_factory=dict)
     typical: float = 0.0
 
-    def distance(self, bars: Bars) -> float:
-        """What is lost as a share of what is allowed: at most 1 is good, the less the better.
+    def distance(self, bars: Bars, *, surely: bool = False) -> float:
+        """What is lost as a share of what is allowed: at most 1 is good, the less the better; on other data too, as far
+        as these tell, if that is to be ``surely``.
 
         Of few cases one may differ where ``max_drop`` is not 0: 1 of 64 does not tell whether it is 1 in 100.
         """
         if self.drop is not None:
             return _share(max(self.drop, 0.0), bars.max_drop)
-        noise = max((10 ** ((bars.min_sqnr - found) / 10) for found in self.sqnr.values()), default=0.0)
+        known = self.surely if surely else self.sqnr
+        noise = max((10 ** ((bars.min_sqnr - found) / 10) for found in known.values()), default=0.0)
         return max(noise, *(_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in self.flips.values()), 0.0)
 
     @property
@@ -87,16 +92,18 @@ class Judge:
         wanted = self._kept or list(self._float_outputs())
         if len(feeds) < len(self.feeds):
             wanted = wanted[:: max(1, len(self.feeds) // (runs or 1))]
-        sums: dict[str, _Sums] = {}
+        sums: dict[str, Deviation] = {}
         for expected, found in zip(wanted, self._outputs(model, feeds), strict=True):
             for name, output in expected.items():
-                sums.setdefault(name, _Sums()).add(output, found.get(name))
+                sums.setdefault(name, Deviation()).add(output, found.get(name))
+        floats = {name: one.energies for name, one in sums.items() if one.is_float}
         result = Fidelity(
-            {name: one.sqnr for name, one in sums.items() if one.is_float},
+            {name: min(one.sqnr for one in energies) for name, energies in floats.items()},
             {name: (one.rows - one.same, one.rows) for name, one in sums.items() if one.rows},
-            error=max((_share(one.farthest, one.greatest) for one in sums.values()), default=0.0),
+            error=max((one.error for one in sums.values()), default=0.0),
+            surely={name: min(one.surely for one in energies) for name, energies in floats.items()},
+            typical=max((energies[0].typical for energies in floats.values()), default=0.0),
         )
-        result.typical = max((one.typical for one in sums.values() if one.is_float), default=0.0)
         if self.score is not None and metric:
             result.drop = self.score - self.runner.score(model)
         return result
@@ -177,128 +184,15 @@ class _Lazy:
         return iter(self.steps())
 
 
-class _Sums:
-    """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same.
-
-    Some outputs hold quantities of unlike scale side by side, the boxes and scores of a detector say, and in one ratio
-    the noise of the small ones would not show. So signal and noise are kept by channel too.
-    """
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-        self.greatest = self.farthest = 0.0
-        self.rows = self.same = 0
-        self.is_float = False
-        self.ratios: list[float] = []  # noise over signal of each array
-        self.channels: dict[int, tuple[Array, Array, Array]] = {}  # by axis: signal, noise, greatest magnitude
-
-    @property
-    def sqnr(self) -> float:
-        """In dB; where channels fall into two classes of scale, that of the worse class."""
-        return min([_ratio(self.signal, self.noise), *(_worse_class(*sums) for sums in self.channels.values())])
-
-    @property
-    def typical(self) -> float:
-        return float(np.median(self.ratios)) if self.ratios else 0.0
-
-    def add(self, wanted: Any, found: Any) -> None:
-        """Take in what the float model gave and what the other did."""
-        if isinstance(wanted, np.ndarray) and isinstance(found, np.ndarray):
-            self._array(wanted, found)
-        elif isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str):
-            for pair in itertools.zip_longest(wanted, found):
-                self.add(*pair)
-        elif isinstance(wanted, Mapping) and isinstance(found, Mapping):
-            for key in wanted:
-                self.add(wanted[key], found.get(key))
-        else:
-            self.rows += 1
-            self.same += wanted == found
-
-    def _array(self, wanted: Array, found: Array) -> None:
-        if wanted.dtype.kind not in "fV":
-            self.rows += wanted.size
-            self.same += int((wanted == found).sum()) if wanted.shape == found.shape else 0
-            return
-        self.is_float = True
-        signal = wanted.astype(np.float64)
-        finite = np.isfinite(signal)
-        power = np.where(finite, np.square(np.where(finite, signal, 0)), 0)
-        self.signal += float(power.sum())
-        if wanted.shape != found.shape:
-            self.noise += float(power.sum()) or 1.0
-            self.farthest = math.inf
-            return
-        other = found.astype(np.float64)
-        lost = not np.isfinite(other[finite]).all() or not np.array_equal(
-            signal[~finite], other[~finite], equal_nan=True
-        )
-        if lost:
-            self.noise = self.farthest = math.inf
-            self.ratios.append(math.inf)
-            return
-        noise = np.square(np.subtract(other, signal, out=np.zeros_like(signal), where=finite))
-        self.noise += float(noise.sum())
-        self.ratios.append(float(noise.sum()) / (float(power.sum()) or 1.0))
-        self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
-        self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
-        self._by_channel(power, noise)
-        if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):
-            self.rows += len(signal)
-            self.same += int((signal.argmax(1) == other.argmax(1)).sum())
-
-    def _by_channel(self, power: Array, noise: Array) -> None:
-        for axis in range(1, power.ndim) if power.ndim > 2 else ():
-            if not 1 < power.shape[axis] <= _MOST_CHANNELS:
-                continue
-            others = tuple(other for other in range(power.ndim) if other != axis)
-            sums = power.sum(others), noise.sum(others), np.sqrt(power.max(others, initial=0))
-            known = self.channels.get(axis)
-            if known is None or known[0].shape != sums[0].shape:
-                self.channels[axis] = sums
-            else:
-                self.channels[axis] = known[0] + sums[0], known[1] + sums[1], np.maximum(known[2], sums[2])
-
-
-def _are_directions(rows: Array) -> bool:
-    """Whether each row has length 1, as embeddings have, and no scores of classes: their largest entry says nothing."""
-    return bool(np.all(np.abs(np.square(rows).sum(1) - 1) < 1e-3)) and bool((rows < 0).any())
+def _spread(feeds: Iterable[Mapping[str, Array]], most: int) -> list[Mapping[str, Array]]:
+    """All feeds, or as many as ``most`` consecutive ones: the first, since they may be steps of a sequence."""
+    return list(itertools.islice(feeds, most))
 
 
 def _holds_something(output: Any) -> bool:
-    """Whether an output has elements; sequences, maps and optionals count as such."""
-    return not isinstance(output, np.ndarray) or output.size > 0
+    """Whether an output has elements; sequences and maps count as they are."""
+    return bool(np.size(output)) if isinstance(output, np.ndarray) else True
 
 
 def _share(lost: float, allowed: float) -> float:
     return lost / allowed if allowed else (math.inf if lost else 0.0)
-
-
-_MOST_CHANNELS = 256
-_APART = 8.0  # the ratio of magnitudes of neighbours in order from which there are two classes of scale
-
-
-def _worse_class(signal: Array, noise: Array, greatest: Array) -> float:
-    """The SQNR of the worse of two classes of channels, where there are two: one is past 2, so that it holds no
-    probabilities, and all of it is ``_APART`` times the greatest of the other."""
-    order = np.argsort(-greatest, kind="stable")
-    ranked = greatest[order]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gaps = ranked[:-1] / ranked[1:]
-    gaps[~np.isfinite(gaps)] = 0
-    place = int(np.argmax(gaps)) + 1
-    if gaps[place - 1] < _APART or ranked[place - 1] < 2:
-        return math.inf
-    return min(_ratio(signal[part].sum(), noise[part].sum()) for part in (order[:place], order[place:]))
-
-
-def _ratio(signal: float, noise: float) -> float:
-    """In dB."""
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal and noise < math.inf else -math.inf
-
-
-def _spread(feeds: Iterable[Mapping[str, Array]], most: int) -> list[Mapping[str, Array]]:
-    """All feeds, or as many as ``most`` consecutive ones: the first, since they may be steps of a sequence."""
-    return list(itertools.islice(feeds, most))

@@ -100,9 +100,10 @@ class Search:
             best = self._mended(self._smoothed(best))
         if best.distance <= 1:
             return best
+        mending_helps = best.choice.mended
         best = Lifting(self.bench, best.choice).run()
         self.trail.append(f"the least harmful units on integers: {best.fidelity}")
-        return self._mended(best) if best.distance > _COMFORT else best
+        return self._mended(best) if mending_helps and best.distance > _COMFORT else best
 
     def _calibrated(self, choice: Choice) -> Candidate:
         """The calibrator under which the fastest choice is nearest to the float model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -23,14 +23,14 @@ from .plan import Plan, forget_shapes, known_shapes, prepare
 from .treatments import Choice, Treated, layers, predicted, treat
 
 TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
-_IN_HAND = 0.3  # dB: of many choices the one that just holds the bound on these data is likely not to on others
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A choice, the model that it makes, and how that compares with the float model.
 
-    ``distance`` is what is lost as a share of what the search allows. ``good``: the bounds of the user hold.
+    ``distance`` is what is surely lost as a share of what may be: of many choices, the one that just holds the bounds
+    on these data is likely not to on others. ``good``: the bounds hold on these.
     """
 
     choice: Choice
@@ -74,7 +74,6 @@ class Bench:
 
     def __init__(self, original: ir.Model, ctx: Context, bars: Bars, target: Target, keep: Selection) -> None:
         self.original, self.ctx, self.bars, self.keep = original, ctx, bars, keep
-        self.strict = replace(bars, min_sqnr=bars.min_sqnr + _IN_HAND)
         self.grids = Grids(U8, S8_7BIT if target == "cpu-avx2" else S8)
         self.costs: Costs = Foretold(Table.of(target))
         self.known = known_shapes(original)
@@ -117,7 +116,9 @@ class Bench:
         return after < before or (after == before and bool(candidate.treated.static or candidate.treated.dynamic))
 
     def _candidate(self, choice: Choice, treated: Treated, fidelity: Fidelity) -> Candidate:
-        return Candidate(choice, treated, fidelity, fidelity.distance(self.strict), fidelity.distance(self.bars) <= 1)
+        return Candidate(
+            choice, treated, fidelity, fidelity.distance(self.bars, surely=True), fidelity.distance(self.bars) <= 1
+        )
 
 
 def copy(model: ir.Model) -> ir.Model:

@@ -57,7 +57,7 @@ class Lifting:
         for part in _parts(self.units):
             forced = frozenset(address for address in part if address in base.static)
             harm = 0.0
-            if forced or any(address in base.dynamic for address in part):
+            if forced or any(address in bench.subject.layers for address in part):
                 alone = replace(lifted.choice.lifted(part, Treatment.FAST), forced=forced)
                 harm = max(0.0, bench.noise(alone) - floor)
             cost = bench.subject.predicted(start.with_(_some(lifted.choice.treatments, part)), bench.costs) - base.cost
@@ -73,11 +73,12 @@ class Lifting:
         if found.distance <= 1:
             return found
         floor = self.bench.noise(best.choice)
-        groups = []
+        singles = []
         for part in _parts(lifted):
             noise = self.bench.noise(best.choice.lifted(part, Treatment.STORED)) - floor
-            groups.append(Group(part, max(0.0, noise), sum(self._size(address) for address in part)))
-        return self._least(_ranked(groups), best.choice.treatments, low, 1.0, best)[0]
+            # Of neighbours the smallest first: they do as much harm as the others, and cost less.
+            singles += [Group([one], max(0.0, noise) / len(part), self._size(one)) for one in part]
+        return self._least(_ranked(singles), best.choice.treatments, low, 1.0, best)[0]
 
     def _size(self, address: str) -> int:
         """How many constants a layer reads."""
@@ -89,6 +90,8 @@ class Lifting:
     def _recalibrated(self, best: Candidate) -> Candidate:
         """The same under another calibrator, if that is nearer: what had to clip may do without, once the worst is
         lifted."""
+        if not best.treated.static:
+            return best
         choices = [replace(best.choice, calibrator=method) for method in get_args(Method)]
         nearest = min((self.bench.tried(choice) for choice in choices), key=lambda one: one.distance).choice
         if nearest.calibrator == best.choice.calibrator:
@@ -97,15 +100,17 @@ class Lifting:
         return found if found.distance < best.distance else best
 
     def _given_back(self, best: Candidate, groups: Sequence[Group]) -> Candidate:
-        """The same with those of the lifted ``groups`` back on integers that do least harm, as many as there is room
+        """The same with as many of the lifted ``groups`` back on integers, the least harmful first, as there is room
         for."""
-        some = list(groups[len(groups) // 2 :])
-        while some:
-            back = {address: self.start.of(address) for group in some for address in group.addresses}
-            found = self.bench.whole(best.choice.with_(back))
+        low, high = 0, len(groups)
+        while low < high:
+            middle = (low + high + 1) // 2
+            some = [address for group in groups[len(groups) - middle :] for address in group.addresses]
+            found = self.bench.whole(best.choice.lifted(some, Treatment.FAST))
             if found.distance <= _STORING:
-                return found
-            some = some[len(some) // 2 + 1 :]
+                best, low = found, middle
+            else:
+                high = middle - 1
         return best
 
     def _least(

@@ -11,7 +11,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from ...ir.affine import S8, S8_7BIT, U8, Grid
+from ...ir.constants import constant_tensor
 from ...ir.edit import Names
+from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope, scopes
 from ..base import Context
 from ..selection import Selection
@@ -73,8 +75,19 @@ class Treated:
 
 
 def layers(model: ir.Model) -> dict[str, ir.Node]:
-    """Every layer by its address, in order."""
-    return {scope.address(node): node for scope in scopes(model) for node in scope.graph if is_layer(node)}
+    """Every node with weights by its address, in order: those that contract, and those that pick rows of a table."""
+    return {
+        scope.address(node): node
+        for scope in scopes(model)
+        for node in scope.graph
+        if is_layer(node) or _has_table(node)
+    }
+
+
+def _has_table(node: ir.Node) -> bool:
+    ports = (port.index for port in operator(node).ports if port.kind is Kind.EMBEDDING)
+    tables = (constant_tensor(node.inputs[index]) for index in ports if index < len(node.inputs))
+    return any(table is not None and table.dtype is ir.DataType.FLOAT for table in tables)
 
 
 def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, costs: Costs, ctx: Context) -> Treated:
@@ -86,11 +99,7 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
     sizes = sizes_of(plan.known(observed.sizes))
     chosen, cost = place(plan, choice, observed, sizes, costs)
     static = {unit.address: unit.role for _, units in chosen for unit in units}
-    dynamic = [
-        address
-        for address, node in nodes.items()
-        if address not in static and _gains(choice.of(address), node, sizes, costs)
-    ]
+    dynamic = _dynamic(choice, plan, static, sizes, costs)
     write(work, plan, chosen, observed, grids, choice.calibrator)
     weights = GRIDS[grids.weights]
     if dynamic:
@@ -108,7 +117,21 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
 def place(
     plan: Plan, choice: Choice, observed: Observed, sizes: Sizes, costs: Costs
 ) -> tuple[list[tuple[Scope, list[Unit]]], float]:
-    """The units on integers, by graph, and the predicted nanoseconds of a run, of what could be."""
+    """The units on integers, by graph, and the predicted nanoseconds of a run, of what could be.
+
+    What reads integers is not quantized in each run: such a layer goes along with the units before it.
+    """
+    found = plan.place(sizes, lambda unit: choose(unit, choice, plan, observed, sizes, costs), costs)
+    static = {unit.address: unit.role for _, units in found[0] for unit in units}
+    made = {value for _, units in found[0] for unit in units for value in unit.outputs}
+    late = [
+        address
+        for address in _dynamic(choice, plan, static, sizes, costs)
+        if made.intersection(layers(plan.model)[address].inputs)
+    ]
+    if not late:
+        return found
+    choice = replace(choice, forced=choice.forced.union(late))
     return plan.place(sizes, lambda unit: choose(unit, choice, plan, observed, sizes, costs), costs)
 
 
@@ -127,9 +150,18 @@ def choose(
     fast = choice.of(unit.address) is Treatment.FAST
     if fast and unit.role is Role.LAYER:
         in_float = min(in_float, costs.layer(unit.node, sizes)[1])
-    if unit.address in choice.forced:
+    if unit.address in choice.forced and known:
         return math.inf, on_integers
     return in_float, on_integers if known and fast else math.inf
+
+
+def _dynamic(choice: Choice, plan: Plan, static: Mapping[str, Role], sizes: Sizes, costs: Costs) -> list[str]:
+    """The layers that take the range of their input anew in each run."""
+    return [
+        address
+        for address, node in layers(plan.model).items()
+        if address not in static and _gains(choice.of(address), node, sizes, costs)
+    ]
 
 
 def write(

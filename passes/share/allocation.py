@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.packing.digits import stored_bytes
-from ...ir.storage import distinct
+from ...ir.storage import Array, distinct
 from ...ir.weights import Weight
 from ..base import Context, Limits
 from ..feeds import Some
@@ -24,18 +24,20 @@ COUNTS = (256, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)  # of values: tho
 DEFAULT = 20.0  # dB, of each float output, where the run has no bounds
 FLIPS = 0.01  # of the cases of a model without float outputs
 
-_PROBES = (16, 128)  # values with which each weight is tried alone
+_PROBES = (128, 16, 4)  # values with which each weight is tried alone
+_MUCH = 0.003  # noise over signal in the outputs, from which fewer values are not tried: there will be no room for them
 _RUNS = 8  # of the data, on which weights are tried alone
 _SEEN = 32  # runs of the data that tell the energies of inputs
 _GROUPS = 64  # of neighbours that are tried, at most
 _START = 0.02  # noise over signal in the outputs that a metric is tried with first
 _LEAPS = (1 / 30, 8.0)  # by which the noise is changed at most from one trial to the next
 _TRIALS = 8  # of the whole model, at most
-_ALIKE = 0.01  # of the bytes: the search ends where it could not save more
+_ALIKE = 0.04  # of the bytes: the search ends where it could not save more
 _NODES = 8  # that decode a weight; so many bytes each, and the weight's name so often in each
 _NODE, _NAMES = 70, 4
 _IN_HAND = 0.8  # of the noise or error allowed that is used: the rest, 1 dB, is for other data
 _OF_DROP = 0.5  # of the loss of the metric that passes before have left
+_BACK = 0.5  # of the noise with which the metric still holds: what is chosen by trying on some cases is lucky with them
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +96,7 @@ def allocate(model: ir.Model, sources: Mapping[Weight, Source], provenance: str,
     if ctx.has("data") and all(source.energy is None for source in sources.values()):
         known = energies(model, list(sources), ctx, Some(ctx.data, _SEEN))
         sources = {
-            weight: source if isinstance(known[weight], str) else replace(source, energy=known[weight])
+            weight: source if isinstance(energy := known[weight], str) else replace(source, energy=energy)
             for weight, source in sources.items()
         }
     items = [item for weight, source in sources.items() if (item := _item(weight, source, ctx)) is not None]
@@ -180,9 +182,11 @@ class _Search:
                     continue
                 self.probes += 1
                 with _Chosen(probes, self.provenance):
-                    ratio = min(meter.noise(self.model), 1e6) / own
+                    noise = min(meter.noise(self.model), 1e6)
                 for item, option in probes:
-                    item.slopes.append((option.outcome.noise, ratio))
+                    item.slopes.append((option.outcome.noise, noise / own))
+                if noise > _MUCH:
+                    break
 
     # How far to go ----------------------------------------------------------------------------------------------------
 
@@ -205,7 +209,14 @@ class _Search:
                 budget = _between(*((float(totals[place - 1]), known[place]) for place in (good, bad)))
             else:
                 budget *= min(max(0.95 / share if share else math.inf, _LEAPS[0]), _LEAPS[1])
-        return good
+        return self._back(steps, totals, good) if good in known else good
+
+    def _back(self, steps: Sequence[Step], totals: Array, good: int) -> int:
+        """A little less far than ``good``, where a metric on few cases chose, if that keeps the bounds too."""
+        back = int(np.searchsorted(totals, _BACK * float(totals[good - 1]), "right"))
+        if not self.by_metric or not 0 < back < good:
+            return good
+        return back if self._tried(_state(steps[:back])) <= 1 else good
 
     def _start(self) -> float:
         """The noise that is tried first."""
@@ -221,9 +232,9 @@ class _Search:
         return parts[0] - parts[1] < _ALIKE * parts[0]
 
     def _tried(self, chosen: Sequence[tuple[Item, Option]]) -> float:
-        """What is lost with ``chosen`` options in place as a share of what may be used of the bounds: at most 1 is good.
+        """What is lost with ``chosen`` options in place as a share of what may be used of the bounds.
 
-        Afterwards the model is as it was.
+        At most 1 is good. Afterwards the model is as it was.
         """
         with _Chosen(chosen, self.provenance):
             found = Fidelity() if self.judge is None else self.judge.fidelity(self.model)

@@ -16,8 +16,9 @@ from ...ir.weights import Weight, weights
 from ..base import Context, Effect, Pass, register
 from ..selection import NOTHING, Selection, left_out
 from .allocation import allocate
-from .clustering import BINS, Codebook, NotFinite
+from .clustering import Codebook, NotFinite
 from .energy import energies
+from .grid import BINS
 from .parts import Outcome, Source, codebook, grouped, shared, shared_by_group, tell, together
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)

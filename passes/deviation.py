@@ -1,0 +1,155 @@
+"""How far the outputs of one model are from those of another, over many runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .base import Array
+
+_MOST_CHANNELS = 256
+_APART = 8.0  # the ratio of magnitudes of neighbours in order from which there are two classes of scale
+
+
+@dataclass(frozen=True, slots=True)
+class Energies:
+    """Signal and noise of each run, float64 [runs]."""
+
+    signal: Array
+    noise: Array
+
+    @property
+    def sqnr(self) -> float:
+        """In dB."""
+        return _decibels(self._ratio)
+
+    @property
+    def surely(self) -> float:
+        """The SQNR in dB if noise over signal is one standard error more than it was in these runs (of a ratio of two
+        sums: Cochran, Sampling Techniques, 1977, section 6.4)."""
+        runs, total = len(self.signal), float(self.signal.sum())
+        if runs < 2 or not total or not math.isfinite(self._ratio):
+            return self.sqnr
+        rest = self.noise - self._ratio * self.signal
+        return _decibels(self._ratio + math.sqrt(float(np.square(rest).sum()) * runs / (runs - 1)) / total)
+
+    @property
+    def typical(self) -> float:
+        """Noise over signal in the run of the median."""
+        ratios = self.noise / np.where(self.signal, self.signal, 1.0)
+        return float(np.median(ratios)) if len(ratios) else 0.0
+
+    @property
+    def _ratio(self) -> float:
+        signal, noise = float(self.signal.sum()), float(self.noise.sum())
+        return noise / signal if signal else (math.inf if noise else 0.0)
+
+
+class Deviation:
+    """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same.
+
+    Some outputs hold quantities of unlike scale side by side, the boxes and scores of a detector say, and in one ratio
+    the noise of the small ones would not show. So signal and noise are kept by channel too.
+    """
+
+    def __init__(self) -> None:
+        self.is_float = False
+        self.rows = self.same = 0
+        self.greatest = self.farthest = 0.0
+        self.runs: list[tuple[float, float]] = []
+        self.channels: dict[int, list[tuple[Array, Array, Array]]] = {}  # by axis: signal, noise, greatest magnitude
+
+    @property
+    def energies(self) -> list[Energies]:
+        """Those of all channels, and where these fall into two classes of scale those of each class."""
+        signal, noise = np.array(self.runs, np.float64).reshape(-1, 2).T
+        return [Energies(signal, noise), *itertools.chain.from_iterable(map(_classes, self.channels.values()))]
+
+    @property
+    def error(self) -> float:
+        """max|Δ| / max|y|."""
+        return self.farthest / self.greatest if self.greatest else (math.inf if self.farthest else 0.0)
+
+    def add(self, wanted: Any, found: Any) -> None:
+        """Take in what the first model gave and what the other did."""
+        if isinstance(wanted, np.ndarray) and isinstance(found, np.ndarray):
+            self._array(wanted, found)
+        elif isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str):
+            for pair in itertools.zip_longest(wanted, found):
+                self.add(*pair)
+        elif isinstance(wanted, Mapping) and isinstance(found, Mapping):
+            for key in wanted:
+                self.add(wanted[key], found.get(key))
+        else:
+            self.rows += 1
+            self.same += wanted == found
+
+    def _array(self, wanted: Array, found: Array) -> None:
+        if wanted.dtype.kind not in "fV":
+            self.rows += wanted.size
+            self.same += int((wanted == found).sum()) if wanted.shape == found.shape else 0
+            return
+        self.is_float = True
+        signal = wanted.astype(np.float64)
+        finite = np.isfinite(signal)
+        power = np.where(finite, np.square(np.where(finite, signal, 0)), 0)
+        if wanted.shape != found.shape:
+            self.runs.append((float(power.sum()), float(power.sum()) or 1.0))
+            self.farthest = math.inf
+            return
+        other = found.astype(np.float64)
+        if not np.isfinite(other[finite]).all() or not np.array_equal(signal[~finite], other[~finite], equal_nan=True):
+            self.runs.append((float(power.sum()), math.inf))
+            self.farthest = math.inf
+            return
+        noise = np.square(np.subtract(other, signal, out=np.zeros_like(signal), where=finite))
+        self.runs.append((float(power.sum()), float(noise.sum())))
+        self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
+        self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
+        self._by_channel(power, noise)
+        if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):
+            self.rows += len(signal)
+            self.same += int((signal.argmax(1) == other.argmax(1)).sum())
+
+    def _by_channel(self, power: Array, noise: Array) -> None:
+        for axis in range(1, power.ndim) if power.ndim > 2 else ():
+            if 1 < power.shape[axis] <= _MOST_CHANNELS:
+                others = tuple(other for other in range(power.ndim) if other != axis)
+                sums = power.sum(others), noise.sum(others), np.sqrt(power.max(others, initial=0))
+                known = self.channels.setdefault(axis, [])
+                if known and known[0][0].shape != sums[0].shape:
+                    known.clear()
+                known.append(sums)
+
+
+def _classes(runs: Sequence[tuple[Array, Array, Array]]) -> list[Energies]:
+    """Those of the two classes of channels, where there are two: one is past 2, so that it holds no probabilities, and
+    all of it is ``_APART`` times the greatest of the other."""
+    signal, noise, greatest = (np.array(part) for part in zip(*runs, strict=True))
+    greatest = greatest.max(axis=0)
+    order = np.argsort(-greatest, kind="stable")
+    ranked = greatest[order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gaps = ranked[:-1] / ranked[1:]
+    gaps[~np.isfinite(gaps)] = 0
+    place = int(np.argmax(gaps)) + 1
+    if gaps[place - 1] < _APART or ranked[place - 1] < 2:
+        return []
+    return [Energies(signal[:, part].sum(1), noise[:, part].sum(1)) for part in (order[:place], order[place:])]
+
+
+def _are_directions(rows: Array) -> bool:
+    """Whether each row has length 1, as embeddings have, and no scores of classes: their largest entry says nothing."""
+    return bool(np.all(np.abs(np.square(rows).sum(1) - 1) < 1e-3)) and bool((rows < 0).any())
+
+
+def _decibels(ratio: float) -> float:
+    """The SQNR of noise over signal."""
+    if ratio == 0:
+        return math.inf
+    return -10 * math.log10(ratio) if ratio < math.inf else -math.inf
