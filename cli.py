@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_merge import MERGES
 from .ir.errors import BadFile, PenjingError, UsageError
 from .recipe import Code, Partner, Text, allow_code, read_recipe
 from .runtime.functions import is_file, split
@@ -250,7 +251,7 @@ def passes_(name: str | None, as_json: bool) -> None:
 @as_json
 @debug
 def inspect(model: str, as_json: bool) -> None:
-    """Tell what is in MODEL: operators, weights, sparsity, distinct values, bytes against entropy, dimensions."""
+    """Tell what is in MODEL: operators, weights, sparsity, distinct values, bytes now, packed and at entropy."""
     from .ir.files import disk_bytes
     from .ir.summary import summarize
     from .runtime.show import show_summary
@@ -360,6 +361,10 @@ def demo(output: str | None) -> None:
     if output:
         require_writable(output, force=True)
     tell(_console(), output)
+
+
+for command in MERGES:
+    cli.add_command(command)
 
 
 def require_writable(output: str, force: bool) -> None:

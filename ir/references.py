@@ -31,6 +31,12 @@ def mark(model: ir.Model) -> None:
         model.graph.meta[_COUNT] = True
 
 
+def mark_alike(graph: ir.Graph, other: ir.Graph) -> None:
+    """Let a main graph know that the annotations of ``other``, whose nodes it takes in, are now in it."""
+    if _COUNT in other.meta:
+        graph.meta[_COUNT] = True
+
+
 def is_named(value: ir.Value) -> bool:
     """Whether an annotation names ``value``."""
     return _COUNT in value.meta.data

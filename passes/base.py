@@ -154,6 +154,10 @@ class Context:
         """The same world with an empty ledger, for the next pass."""
         return Context(step=step, seed=self.seed, metric_before=self.metric_before, **self._given)
 
+    def replaced(self, **given: Any) -> Context:
+        """The same world with other fields."""
+        return Context(step=self.step, seed=self.seed, metric_before=self.metric_before, **{**self._given, **given})
+
     def change(self, subject: object, what: str, **numbers: Number) -> None:
         """Write down that ``subject`` (a weight, node, value or address) was changed."""
         plain = {name: number.item() if hasattr(number, "item") else number for name, number in numbers.items()}
@@ -195,7 +199,11 @@ class Pass(ir.passes.InPlacePass):
         """Edit ``model`` in place and write every change and skip into ``ctx``."""
 
     def reference(self, before: ir.Model, ctx: Context) -> Callable[[Feeds], Iterator[Outputs]] | None:
-        """Expected outputs, for a pass that changes the interface; ``None`` means those of ``before`` as it was."""
+        """Expected outputs, for a pass that changes the interface; ``None`` means those of ``before`` as it was.
+
+        What runs models for it leaves the level to ``ctx.runner``, whose default is off where outputs have to be
+        bit-identical. Feeds may hold more than ``before`` takes: what the model takes after the pass, too.
+        """
         del before, ctx
         return None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,8 @@ from ..passes.instruments import Instrument, Step
 from .compare import Comparison, Judge, tolerance
 from .report import Mode
 from .session import OrtRunner
+
+Reference: TypeAlias = Callable[[Feeds], Iterator[Outputs]]
 
 
 @dataclass
@@ -115,7 +117,13 @@ def judge_passes(
 ) -> list[str]:
     """Sentences for each way in which ``after`` is not what ``passes`` promise to make of ``before``; none if it is."""
     if len(passes) == 1 and (expected := passes[0].reference(before, ctx)):
-        return _judge_reference(passes[0].effect(), expected, after, feeds, runner)
+        if passes[0].effect() is Effect.LOSSY:
+            return _runs(after, feeds, runner)
+        bare = _bare(runner)
+        plainly = passes[0].reference(before, ctx.replaced(runner=_Plain(runner, bare)))
+        least = max(map(half_tolerance, (before, after)))
+        same = passes[0].effect() is Effect.SAME and not least
+        return _judge_reference(expected, plainly or expected, after, feeds, (runner, bare), same, least)
     effects = [pass_.effect() for pass_ in passes]
     if Effect.LOSSY in effects:
         return _runs(after, feeds, runner)
@@ -175,15 +183,16 @@ def compare_reference(
 
 @dataclass(frozen=True)
 class Fitted:
-    """``feeds`` with their floats in the types that ``model`` takes them in: a pass may have changed those."""
+    """What ``model`` takes of ``feeds``, floats in the types that it takes them in: a pass may have changed both."""
 
     feeds: Feeds
     model: ir.Model
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         types = {value.name: value.dtype.numpy() for value in self.model.graph.inputs if value.dtype is not None}
+        names = {value.name for value in self.model.graph.inputs}
         for feed in self.feeds:
-            yield {name: _as_float(array, types.get(name)) for name, array in feed.items()}
+            yield {name: _as_float(array, types.get(name)) for name, array in feed.items() if name in names}
 
 
 def _as_float(array: Any, dtype: Any) -> Any:
@@ -241,20 +250,47 @@ def _judge_one(
 
 
 def _judge_reference(
-    effect: Effect, expected: Callable[[Feeds], Iterator[Outputs]], after: ir.Model, feeds: Feeds, runner: OrtRunner
+    expected: Reference,
+    plainly: Reference,
+    after: ir.Model,
+    feeds: Feeds,
+    runners: tuple[OrtRunner, OrtRunner],
+    exact: bool,
+    least: float,
 ) -> list[str]:
-    judge, exact = Judge(), Judge()
+    """``after`` beside what a pass expects, at full optimization, and if ``exact`` also with optimizations off."""
+    judge, same = Judge(least), Judge()
     runs = zip(
-        expected(feeds), _guarded(runner, after, feeds), _guarded(runner, after, feeds, "off"), strict=False
+        expected(feeds),
+        plainly(feeds),
+        _guarded(runners[0], after, feeds),
+        _guarded(runners[1], after, feeds, "off"),
+        strict=False,
     )  # a failed run ends its row
-    for wanted, full, plain in runs:
+    for wanted, bare, full, plain in runs:
         if isinstance(full, str) or isinstance(plain, str):
             return [found for found in (full, plain) if isinstance(found, str)]
-        judge.add(wanted, wanted, full)
-        exact.add(wanted, wanted, plain)
-    if effect is Effect.LOSSY:
-        return []
-    return judge.breaches("rounding", 1) or (exact.breaches("same", 1) if effect is Effect.SAME else [])
+        judge.add(wanted, bare, full)
+        same.add(bare, bare, plain)
+    return judge.breaches("rounding", 1) or (same.breaches("same", 1) if exact else [])
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A runner that runs with the runtime's optimizations off, by ``bare``, where no level is asked for."""
+
+    runner: OrtRunner
+    bare: OrtRunner
+
+    def run(
+        self, model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None, level: str | None = None
+    ) -> Iterator[Outputs]:
+        if level is None:
+            return self.bare.run(model, feeds, outputs, level="off")
+        return self.runner.run(model, feeds, outputs, level)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
 
 
 def _bare(runner: OrtRunner) -> OrtRunner:

@@ -165,6 +165,11 @@ def latency(
     return {"before_ms": float(middle[0]), "after_ms": float(middle[1])}
 
 
+def load_bytes(path: str, threads: int = 1) -> int | None:
+    """Peak memory of opening one model, in a fresh process; ``None`` where it does not open or the system is silent."""
+    return _peak(path, (), threads)
+
+
 def median_seconds(
     sessions: Sequence[InferenceSession], feeds: Iterable[Feed], *, threads: int = 1, seconds: float = 1.0
 ) -> list[float]:

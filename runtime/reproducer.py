@@ -5,7 +5,8 @@ OUT.reproducer/
     passes.txt                the pipeline text
     run.json                  check, seed, bounds, versions, what was found
     model.onnx                the model that the bad pass was given
-    feeds/test_data_set_*/    the runs that show it, as ONNX keeps test data
+    partner-*.onnx            the models that it merges with
+    feeds/test_data_set_*/    the runs that show it, as ONNX keeps test data (feeds/*.npz where a pass adds inputs)
     pass_*.py, metric.py      sources of passes that are not penjing's own, and of the user's metric
 """
 
@@ -24,10 +25,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import onnx_ir as ir
+
 from ..ir.address import printable
 from ..ir.errors import BadFile, PenjingError, UsageError
 from ..ir.files import load, save
 from ..ir.interrupts import uninterrupted
+from ..ir.scopes import values
 from ..passes.pipeline import Pipeline
 from ..passes.registry import find
 from .feeds import write_data_set
@@ -58,12 +63,13 @@ def write_reproducer(
     bounds: Mapping[str, float | None],
     metric: Callable[[Any], float] | str | None,
     strict: bool,
+    partners: Mapping[str, ir.Model] = {},
 ) -> None:
     """Write what shows ``breach`` again into ``folder``, whole, in place of an older reproducer of the same name."""
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
     try:
-        _write(partial, breach, report, bounds, metric, strict)
+        _write(partial, breach, report, bounds, metric, strict, partners)
         with uninterrupted():
             remove_reproducer(folder, partial)
             partial.rename(folder)
@@ -98,6 +104,7 @@ def _write(
     bounds: Mapping[str, float | None],
     metric: Callable[[Any], float] | str | None,
     strict: bool,
+    partners: Mapping[str, ir.Model],
 ) -> None:
     (folder / "feeds").mkdir(parents=True)
     save(breach.before, folder / "model.onnx")
@@ -106,7 +113,10 @@ def _write(
         room -= sum(int(getattr(value, "nbytes", 0)) for value in feed.values())
         if index and room < 0:
             break
-        write_data_set(feed, breach.before, folder / "feeds" / f"test_data_set_{index}")
+        _write_feed(feed, breach.before, folder / "feeds", index)
+    files = {name: f"partner-{number}.onnx" for number, name in enumerate(partners)}
+    for name, file in files.items():
+        save(partners[name], folder / file)
     obstacles: list[str] = []
     facts = {
         "found": breach.reasons,
@@ -116,6 +126,7 @@ def _write(
         "seed": report.seed,
         "bounds": dict(bounds),
         "metric": _keep_metric(metric, folder, obstacles),
+        "partners": files,
         "modules": _keep_modules([entry.name for entry in report.passes], folder),
         "versions": versions(),
     }
@@ -127,6 +138,16 @@ def _write(
     (folder / "passes.txt").write_text(breach.pass_ + "\n", encoding="utf-8")
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "reproduce.py").write_text(SCRIPT, encoding="utf-8")
+
+
+def _write_feed(feed: Mapping[str, Any], before: ir.Model, folder: Path, index: int) -> None:
+    """As an ONNX data set; as .npz where it holds inputs that the model only has after the pass."""
+    known = {value.name for value in values(before.graph)}  # values in the middle are computed again
+    if all(name in known for name in feed):
+        write_data_set(feed, before, folder / f"test_data_set_{index}")
+        return
+    inputs = {value.name for value in before.graph.inputs}
+    np.savez(folder / f"{index:06d}.npz", **{k: v for k, v in feed.items() if k in inputs or k not in known})
 
 
 def replay(folder: Path) -> int:
@@ -146,7 +167,8 @@ def replay(folder: Path) -> int:
         metric = facts["metric"] and _metric(folder, **facts["metric"])
         model, bounds = load(folder / "model.onnx"), facts["bounds"]
         options = {name: facts[name] for name in ("check", "strict", "seed")}
-        run(model, facts["pipeline"], feeds, metric=metric, **options, **bounds)
+        partners = {name: folder / file for name, file in facts["partners"].items()}
+        run(model, facts["pipeline"], feeds, metric=metric, models=partners, **options, **bounds)
     except BoundExceeded as error:
         print(error)
         return 1

@@ -22,11 +22,12 @@ from ..ir.verify import verify
 from ..passes.base import Context, Feeds, Limits
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
+from .asked import Asked
 from .check import Breach, Checker, bisect, changes_interface, compare_reference, judge_models, unvisited
 from .compare import Comparison
-from .draws import NoFeeds, random_feeds, tried
+from .draws import NoFeeds, tried
 from .feeds import Feeds as FeedSet
-from .feeds import Labels, read_feeds, read_labels
+from .feeds import Labels, read_labels
 from .functions import load_function
 from .progress import Progress
 from .report import CheckReport, MetricReport, Mode, PassReport, Report, quantized_kernels
@@ -123,16 +124,20 @@ def run(
         raise UsageError(f"The metric cannot be taken, for the model does not run: {large}.")
     progress = progress or Progress()
     score = load_function(metric, "--metric") if isinstance(metric, str) else metric
-    given = read_feeds(data, model, labels=labels) if data is not None else None
-    checked = read_feeds(check_data, model) if check_data is not None else given
+    partners = {name: _model(partner) for name, partner in models.items()} if models else None
+    # One choice of packing for every session, since packing moves the last bits of a MatMul.
+    prepack = sum(map(tensor_bytes, (model, *(partners or {}).values()))) <= LARGE
+    runner = OrtRunner(score, metric_name=_name(metric), prepack=prepack, progress=progress)
+    asked = Asked(model)
+    if data is not None or check_data is not None or judged:
+        asked = Asked.of(model, pipeline, Context(seed=seed, models=partners, runner=runner, limits=bounds))
+    given = asked.read(data, runner, labels) if data is not None else None
+    checked = asked.read(check_data, runner) if check_data is not None else given
     if checked is not None and judged and large is None:
         tried(model, checked)
-    # One choice of packing for every session, since packing moves the last bits of a MatMul.
-    prepack = tensor_bytes(model) <= LARGE
-    runner = OrtRunner(score, metric_name=_name(metric), prepack=prepack, progress=progress)
     ctx = Context(
         seed=seed,
-        models={name: _model(partner) for name, partner in models.items()} if models else None,
+        models=partners,
         data=given,
         check_data=checked,
         labels=read_labels(labels) if given is None and labels is not None else getattr(given, "labels", None),
@@ -141,7 +146,7 @@ def run(
         limits=bounds,
     )
     report = Report(model.meta.get("penjing.path"), str(pipeline), seed, figures(model), check=CheckReport(check))
-    prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress, large)
+    prove = _Proof(model, pipeline, ctx, runner, bounds, report, progress, asked, large)
     try:
         work = prove.run(checked, instruments)
         prove.judge(work, strict)
@@ -149,7 +154,7 @@ def run(
         report.failure = str(breach)
         if reproducer is not None:
             try:
-                write_reproducer(reproducer, breach, report, vars(bounds), metric, strict)
+                write_reproducer(reproducer, breach, report, vars(bounds), metric, strict, partners or {})
                 report.reproducer = os.fspath(reproducer)
             except BadFile as error:
                 report.failure += f" Nothing shows it alone: {error}."
@@ -170,6 +175,7 @@ class _Proof:
     bounds: Bounds
     report: Report
     progress: Progress
+    asked: Asked
     large: str | None = None  # why it cannot be run at all
     feeds: Feeds | None = None
     checker: Checker = field(init=False)
@@ -262,7 +268,7 @@ class _Proof:
         try:
             if self.large is not None:
                 raise NoFeeds(self.large)
-            feeds = checked or random_feeds(self.model, self.ctx.seed)
+            feeds = checked or self.asked.draw(self.ctx.seed, self.runner)
         except NoFeeds as error:
             if self.bounds.on_outputs:
                 what = "feeds, and random ones do not do" if self.large is None else "a run"

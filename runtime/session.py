@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -162,9 +163,10 @@ def open_session(
     """A session on the CPU that logs nothing.
 
     ``prepack=None`` packs the weights of a model up to ``LARGE`` bytes (and of any file given by its path), and maps
-    those of a larger one without a copy; what is not to be packed is mapped from ``_INLINE`` bytes on. Packing changes the last bits of a MatMul: two sessions that are compared
-    need the same choice. ``bounded`` makes a run fail that wants more than ``TRIAL_BYTES`` for activations. ``planned``
-    lets a run take its memory in one piece where one before had equal shapes; until then there is that of both.
+    those of a larger one without a copy; where they are not to be packed they are mapped from ``_INLINE`` bytes on.
+    Packing changes the last bits of a MatMul: two sessions that are compared need the same choice. ``bounded`` makes a
+    run fail that wants more than ``TRIAL_BYTES`` for activations. ``planned`` lets a run take its memory in one piece
+    where one before had equal shapes; until then there is that of both.
 
     Raises ``DoesNotRun`` with ONNX Runtime's reason, ``UsageError`` for an unknown level.
     """
@@ -262,6 +264,23 @@ def bare_run(session: InferenceSession, feed: Mapping[str, Any]) -> Callable[[],
     return functools.partial(session.run, None, given, _run_options())
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What ``model`` takes of ``feeds``: passes may change the inputs, and feeds then hold those before and after."""
+
+    feeds: Feeds
+    model: ir.Model
+
+    @property
+    def runs(self) -> int | None:
+        """How many feeds there are, where that is known."""
+        return getattr(self.feeds, "runs", None)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        names = {value.name for value in self.model.graph.inputs}
+        return ({name: value for name, value in feed.items() if name in names} for feed in self.feeds)
+
+
 class OrtRunner:
     """Runs models with ONNX Runtime, on one thread by default: the ``Runner`` of ``passes.base``.
 
@@ -294,16 +313,17 @@ class OrtRunner:
     ) -> Iterator[Outputs]:
         """The outputs of each feed, as they are computed; ``outputs`` may name any values of the main graph.
 
-        Raises ``DoesNotRun``, or ``UsageError`` for a name that the main graph lacks.
+        A feed may hold more than the model takes. Raises ``DoesNotRun``, or ``UsageError`` for a name that the main
+        graph lacks.
         """
         session = self.session(model if outputs is None else _with_outputs(model, outputs), level)
-        return (run_feed(session, feed, outputs) for feed in feeds)
+        return (run_feed(session, feed, outputs) for feed in Taken(feeds, model))
 
     def statistics(self, model: ir.Model, points: Iterable[Point], feeds: Feeds) -> dict[Point, Any]:
         """What each point asks for, from one sweep over the feeds; see ``statistics.collect``."""
         from .statistics import collect
 
-        return collect(model, points, feeds, threads=self.threads, progress=self.progress)
+        return collect(model, points, Taken(feeds, model), threads=self.threads, progress=self.progress)
 
     def score(self, model: ir.Model) -> float:
         """The metric of ``model``. Raises ``UsageError`` where it raises or returns anything but a finite number."""

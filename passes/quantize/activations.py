@@ -22,8 +22,7 @@ _CLIPPED = "Clip(Add(x, offset), low, high)"
 
 @register("fuse-activations")
 class FuseActivations(Pass):
-    """Write HardSigmoid and HardSwish as HardSigmoid and Mul, Gelu by tanh as Gelu, and constant Sub and Div as Add and
-    Mul.
+    """Write HardSigmoid, HardSwish and Gelu in few operators, and constant Sub and Div as Add and Mul.
 
     Exporters of older opsets write x * min(max(x + 3, 0), 6) / 6 in four operators, each of which walks over the whole
     tensor; ONNX Runtime's CPU has kernels for the two that this leaves, in float as on integers. For the nine of
