@@ -19,6 +19,7 @@ import onnx_ir as ir
 from .apart import Gone, apart
 from .calls import overgrown
 from .constants import constant_tensor
+from .packing.decoded import packed_values
 from .scopes import Scope, scopes
 
 Dims: TypeAlias = "tuple[int | str | None, ...]"
@@ -50,25 +51,27 @@ def infer_shapes(model: ir.Model) -> Outcome:
     """Write inferred types and shapes onto the values of the main graph and all bodies.
 
     A known type or dimension is never replaced, only refined: a number takes the place of a name, a name that of
-    nothing. Values inside functions depend on the caller and stay as they are.
+    nothing. Values inside functions depend on the caller and stay as they are; so do those between a packed weight and
+    its storage, of which there are many, and which nothing else reads.
     """
     outcome = Outcome()
     found = [scope for scope in scopes(model) if scope.function is None]
-    if all(is_known(value) for scope in found for value in outputs(scope.graph)):
+    inside = packed_values(model)
+    wanted = {value: scope for scope in found for value in outputs(scope.graph) if value not in inside}
+    if all(map(is_known, wanted)):
         return outcome
     try:
         answers = _infer(model, ())
-        pins = [v for scope in found for v in outputs(scope.graph) if v.type and _is_better(v, answers.get(v))]
+        pins = [value for value in wanted if value.type and _is_better(value, answers.get(value))]
         if pins:  # what the file says and inference cannot see, so that it can go on from there
             answers = _infer(model, pins)
     except Exception as error:
         outcome.failure = str(error).strip().partition("\n")[0]
         return outcome
-    for scope in found:
-        for value in outputs(scope.graph):
-            answer = answers.get(value)
-            if answer is not None:
-                _refine(value, answer, scope, outcome)
+    for value, scope in wanted.items():
+        answer = answers.get(value)
+        if answer is not None:
+            _refine(value, answer, scope, outcome)
     return outcome
 
 

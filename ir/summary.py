@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import onnx_ir as ir
 from .address import bodies, graphs, printable
 from .files import saved_bytes
 from .packing.census import Census
-from .packing.choose import smallest
-from .packing.decoded import decoders
+from .packing.choose import SMALL, TABLES, obstacle, smallest
+from .packing.decoded import GROWTH, decoders
 from .sparse import SparseTensor
 from .storage import DISTINCT_LIMIT, least_bytes, value_counts
 from .text import dtype_text, type_text
@@ -29,6 +30,7 @@ class Figures:
 
     ``bytes`` is its size on disk, external data included. ``weights`` counts the elements of prunable weights, of
     which ``zeros`` are zero (or at their zero point); ``floats`` and ``float_zeros`` the same for all float constants.
+    ``packed`` counts the elements of what is decoded when the model is loaded, which are among neither.
     """
 
     bytes: int
@@ -38,6 +40,7 @@ class Figures:
     zeros: int
     floats: int
     float_zeros: int
+    packed: int
 
     @property
     def sparsity(self) -> float:
@@ -55,7 +58,8 @@ class Figures:
 class WeightSummary:
     """One constant. ``distinct`` is None above 65,536 values; ``entropy_bytes`` bounds any element-wise storage.
 
-    ``storage`` is the smallest exact storage that pack-weights knows for it, ``storage_bytes`` what that takes.
+    ``storage`` is what pack-weights would make of it, as ``palette``: ``packed`` is what it has made already.
+    ``storage_bytes`` is what that takes, nodes that decode it included.
     """
 
     address: str
@@ -106,7 +110,7 @@ class Summary:
 
     @property
     def storage_bytes(self) -> int:
-        """What the file would take with each weight in its smallest exact storage."""
+        """What the file would take once pack-weights has run."""
         return self.figures.bytes - sum(weight.bytes - weight.storage_bytes for weight in self.weights)
 
     def lines(self) -> list[tuple[str, str]]:
@@ -133,7 +137,7 @@ class Summary:
             ("of all floats", f"{figures.float_sparsity:.4%} of {figures.floats:,}"),
             (
                 "bytes",
-                f"{figures.bytes:,} on disk; {self.storage_bytes:,} with every weight in its smallest exact storage; "
+                f"{figures.bytes:,} on disk; {self.storage_bytes:,} once pack-weights has run; "
                 f"{self.entropy_bytes:,} with every weight at its entropy",
             ),
             *(("metadata", f"{key} = {_short(value)}") for key, value in self.metadata.items()),
@@ -169,6 +173,7 @@ def _figures(model: ir.Model, constants: list[Weight], zeros_of: Callable[[Weigh
         sum(len(graph.initializers) for graph in every),
         *matrices,
         *floats,
+        sum(math.prod(decoder.shape) for decoder in decoders(model) if decoder.saves > GROWTH),
     )
 
 
@@ -176,7 +181,7 @@ def summarize(model: ir.Model, size: int | None = None) -> Summary:
     """Everything about ``model`` that can be told without running it; ``size`` as in ``figures``."""
     constants = weights(model)
     packed = {leaf for decoder in decoders(model) for leaf in decoder.leaves}
-    read = {weight: _Contents.of(weight, weight.value in packed) for weight in constants}
+    read = _stored({weight: _Contents.of(weight, weight.value in packed) for weight in constants})
     nodes = [node for _, graph in graphs(model) for node in graph]
     operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     return Summary(
@@ -226,11 +231,27 @@ class _Contents:
 
 
 def _storage(weight: Weight, census: Census) -> tuple[str, int]:
-    """The smallest exact storage and its bytes, where that saves more than its decoder takes."""
-    found = smallest(census)
+    """What pack-weights would make of it, and the bytes of that: the smallest exact storage, where it may and that
+    saves more than its decoder takes."""
+    found = smallest(census) if weight.nbytes >= SMALL and obstacle(weight) is None else None
     if found is not None and (saved := found.saves(census, weight.value.name or "")):
         return found.word, weight.nbytes - saved
+    return _unpacked(weight)
+
+
+def _unpacked(weight: Weight) -> tuple[str, int]:
     return "sparse" if isinstance(weight.tensor, SparseTensor) else "dense", weight.nbytes
+
+
+def _stored(read: dict[Weight, _Contents]) -> dict[Weight, _Contents]:
+    """The same with all as they are, where all together would save no more than the tables that they share take."""
+    if sum(weight.nbytes - one.storage_bytes for weight, one in read.items()) > TABLES:
+        return read
+    return {
+        weight: one if one.storage == "packed" else dataclasses.replace(one, storage=word, storage_bytes=size)
+        for weight, one in read.items()
+        for word, size in [_unpacked(weight)]
+    }
 
 
 def _summary(weight: Weight, read: _Contents) -> WeightSummary:

@@ -176,6 +176,8 @@ def _before_and_after(report: Report) -> Table:
     table = _table("", "before", "after")
     before, after = report.input, report.output
     forms = {"bytes": "{0.bytes:,}", "nodes": "{0.nodes:,}", "weights": "{0.weights:,}", "sparsity": "{0.sparsity:.2%}"}
+    if before.packed or (after and after.packed):
+        forms["packed weights"] = "{0.packed:,}"
     for name, form in forms.items():
         grown = " [yellow](larger)[/]" if name == "bytes" and after and after.bytes > before.bytes else ""
         table.add_row(name, form.format(before), (form.format(after) if after else "-") + grown)

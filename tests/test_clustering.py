@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penjing.passes.share import clustering
-from penjing.passes.share.clustering import BINS, Codebook, NotFinite, Points, in_steps, kmeans, points
+from penjing.passes.share.clustering import Codebook, NotFinite, Points, in_steps, kmeans, points
+from penjing.passes.share.grid import BINS
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 

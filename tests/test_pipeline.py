@@ -99,7 +99,7 @@ def samples(annotation: Any) -> list[Any]:
         return [tuple(samples(arguments[0]))]
     if annotation is Selection:
         return [Selection(("*",))]
-    found: list[Any] = {bool: [True, False], int: [1], float: [0.5, 0.25], str: ["2:4", "word"], type(None): []}[
+    found: list[Any] = {bool: [True, False], int: [1, 2], float: [0.5, 0.25], str: ["2:4", "word"], type(None): []}[
         annotation
     ]
     return found

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["holds", "breaks a bound", "int8"])
+@pytest.mark.parametrize("command", COMMANDS, ids=["holds", "breaks a bound", "int8", "packed"])
 def test_commands(command: str, folder: Path) -> None:
     breaks = "smaller.onnx" in command
     words = [sys.executable, "-m", *shlex.split(command.replace("\\\n", " "))]

@@ -14,6 +14,8 @@ from penjing.ir.files import load, save
 from penjing.ir.text import text
 from penjing.ir.weights import Weight, weights
 from penjing.passes.base import Context
+from penjing.passes.judge import Judge
+from penjing.passes.meter import Meter
 from penjing.passes.share.energy import energies
 from penjing.passes.share.share import ShareWeights
 from penjing.runtime.session import OrtRunner
@@ -333,3 +335,54 @@ def test_auto_leaves_what_passes_before_have_lost() -> None:
     assert report.metric.after is not None
     assert report.metric.before - report.metric.after <= 0.02
     assert report.passes[1].ledger.changes
+
+
+def test_auto_of_a_model_that_gives_labels_only() -> None:
+    model, samples = chain(random(64, 128), random(128, 3, seed=1)), random(300, 64, seed=3)
+    scores = model.graph.outputs[0]
+    last = ir.node("ArgMax", [scores], {"axis": 1, "keepdims": 0}, outputs=[ir.val("label", ir.DataType.INT64, ["n"])])
+    scores.name = "scores"
+    model.graph.append(last)
+    model.graph.outputs[0] = last.outputs[0]
+    ctx = with_data(model, samples)
+    wanted = next(iter(OrtRunner().run(model, ctx.data)))["label"]
+    share(model, ctx, bits="auto")
+    found = next(iter(OrtRunner().run(model, ctx.data)))["label"]
+    assert ctx.ledger.changes
+    assert (wanted != found).mean() <= 0.01
+
+
+def test_noise_is_measured_before_what_an_exporter_made_of_softmax() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["": 17]>
+        m (float[4,16] x) => (float[4,16] y, int64[4] label)
+        <int64[1] axis = {1}>
+        {
+            logits = Mul (x, x)
+            e = Exp (logits)
+            sum = ReduceSum (e, axis)
+            y = Div (e, sum)
+            label = ArgMax <axis = 1, keepdims = 0> (logits)
+        }"""
+    )
+    assert Meter(model, Judge(model, with_data(model, random(4, 16))), 4).names == ["logits"]
+
+
+def test_auto_gives_a_weight_that_does_more_harm_more_values() -> None:
+    """The second weight meets a hundredth of the signal that its sum with the first has."""
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["": 17]>
+        m (float[n,64] x) => (float[n,64] y)
+        <float tenth = {0.01}>
+        {
+            a = MatMul (x, w0)
+            b = MatMul (x, w1)
+            small = Mul (b, tenth)
+            y = Add (a, small)
+        }""",
+        initializers=[ir.tensor(random(64, 64), name="w0"), ir.tensor(random(64, 64, seed=1), name="w1")],
+    )
+    share(model, with_data(model, random(50, 64, seed=3)), bits="auto")
+    values = [named(model)[name].distinct() for name in ("w0", "w1")]
+    assert values[0] is not None
+    assert values[1] == 2 < values[0]

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ..ops import Kind
+from ..references import is_annotated, is_named
+from ..weights import Weight
 from .census import Census
 from .places import PLACES, Pairs
 from .repeats import Repeats
-from .tape import Tape
+from .tape import Tape, stem
 from .values import VALUES
 
-_NODE = 70  # bytes of a node and its settings, less the names in it
-_NAMES = 4  # times that the weight's name is in it, or in a constant of its own
+_NODE = 55  # bytes of a node and its settings, less the names in it
+_NAMES = 3.7  # times that the weight's name is in it, or in a constant of its own
+_SLOW = 1.03  # a bitmask of bytes takes twice the time of gaps for each: it is to save so much over them
 LEAST = 1 << 10  # bytes: what saves less is not worth its nodes
+SMALL = 2 << 10  # bytes of a tensor that is not worth any
+TABLES = 2 << 10  # bytes of the tables that decoders of a model share
+_SETTINGS = (Kind.SHAPE, Kind.SCALE, Kind.ZERO_POINT)
 
 WORDS = ("palette", "bitmask", "gaps", "narrow", "repeat")
 
@@ -46,7 +54,7 @@ class Storage:
 
     def overhead(self, name: str = "") -> int:
         """About the bytes of the nodes, with the names that they take from that of the weight."""
-        return self.nodes * (_NODE + _NAMES * len(name.encode()))
+        return math.ceil(self.nodes * (_NODE + _NAMES * len(stem(name).encode())))
 
 
 def storages(census: Census) -> Iterator[Storage]:
@@ -75,4 +83,28 @@ def smallest(census: Census, encoding: str = "auto", opset: int | None = None) -
         for storage in storages(census)
         if (encoding == "auto" or encoding in storage.word) and (opset is None or storage.opset <= opset)
     ]
-    return min(found, key=lambda storage: storage.bytes + storage.overhead(), default=None)
+
+    def cost(storage: Storage) -> float:
+        slow = "bitmask" in storage.word and census.dtype.itemsize == 1
+        return storage.bytes * (_SLOW if slow else 1) + storage.overhead()
+
+    return min(found, key=cost, default=None)
+
+
+def obstacle(weight: Weight) -> str | None:
+    """Why a constant cannot be computed when the model is loaded, or not be stored otherwise; None where it can."""
+    if weight.overridable:
+        return "the model's caller may pass another tensor for it"
+    if weight.output or weight.value.is_graph_output():
+        return "an output"
+    if len(weight.values) > 1:
+        return "several names share its storage; tie-weights makes them one"
+    if any(use.kind in _SETTINGS for use in weight.uses):
+        return "a shape, setting, scale or zero point, which ONNX Runtime wants as a constant"
+    if any(use.kind is Kind.UNKNOWN for use in weight.uses):
+        return "an unknown operator may want it as a constant"
+    if not weight.uses:
+        return "nothing reads it"
+    if any(map(is_annotated, weight.values)) or any(map(is_named, weight.values)):
+        return "it is in a quantization annotation"
+    return Census(weight.tensor, None).obstacle

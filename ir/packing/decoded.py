@@ -29,8 +29,8 @@ _COUNTING: dict[str, Callable[[Array, Array], Any]] = {
     "Mod": np.mod,
     "Max": np.maximum,
 }
-_INPUTS = {"Gather": 2, "Reshape": 2, "Slice": 3, "Expand": 2, "ConstantOfShape": 1, "ScatterElements": 3, "Cast": 1}
-_INPUTS |= {"CumSum": 2} | dict.fromkeys(_COUNTING, 2)
+_INPUTS = {"Cast": 1, "ConstantOfShape": 1, "Slice": 3, "ScatterElements": 3} | dict.fromkeys(_COUNTING, 2)
+_INPUTS |= dict.fromkeys(("CumSum", "Expand", "Gather", "GatherElements", "Reshape"), 2)
 _TABLE = 1 << 20  # elements that a table, or a step of a small weight, may have
 _RATIO = 64  # of bytes decoded to bytes stored: from what lies in the file anyway, large weights may be made
 GROWTH = 1 << 10
@@ -228,6 +228,8 @@ def _size(node: ir.Node, given: list[Array]) -> int:
     match node.op_type:
         case "Gather":
             return int(first.size // max(1, first.shape[node.attributes.get_int("axis", 0)]) * others[0].size)
+        case "GatherElements":
+            return int(others[0].size)
         case "ConstantOfShape":
             return math.prod(first.ravel().tolist())
         case "Expand":
@@ -249,6 +251,10 @@ def _computed(node: ir.Node, given: list[Array]) -> Array:
             return sums - first if node.attributes.get_int("exclusive", 0) else sums
         case "Gather":
             return np.take(first, given[1], axis)
+        case "GatherElements":
+            if first.ndim != 1 or given[1].ndim != 1:
+                raise ValueError("GatherElements of more than one dimension is no step of a decoder")
+            return np.take(first, given[1])
         case "Reshape":
             return first.reshape(dims)
         case "Slice":

@@ -111,8 +111,8 @@ def bits(limit: int, count: int) -> float:
 
 
 def nodes(limit: int, count: int) -> int:
-    """How many nodes read them."""
-    return _read_by(planes(limit, count))
+    """How many nodes read them, and leave out those that only fill bytes."""
+    return _read_by(planes(limit, count)) + (padded(limit, count) > count)
 
 
 def padded(limit: int, count: int) -> int:

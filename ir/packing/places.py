@@ -69,7 +69,7 @@ class Bitmask:
     word, opset = "bitmask", 12
 
     def nodes(self, census: Census, values: Values) -> int:
-        return values.nodes(census, census.kept + 1) + (8 if census.size % 8 == 0 else 10)
+        return values.nodes(census, census.kept + 1) + 8 + (census.size % 8 > 0)
 
     def bytes(self, census: Census, values: Values) -> int | None:
         held = values.bytes(census, census.kept + 1)
@@ -90,8 +90,9 @@ class Bitmask:
         ranks, counts = _rank_tables(tape)
         index = tape.op("Cast", stored, to=ir.DataType.INT32)
         before = tape.op("CumSum", tape.op("Gather", counts, index), tape.axis(), exclusive=1)
-        rank = tape.op("Max", tape.op("Add", tape.op("Gather", ranks, index), before), tape.axis())
-        return tape.op("Gather", table, rank, length=-(-census.size // 8) * 8, rows=True)
+        rank, full = tape.op("Add", tape.op("Gather", ranks, index), before), -(-census.size // 8) * 8
+        rank = tape.op("Max", rank, tape.axis(), length=full, rows=True)
+        return tape.picked(table, tape.flat(rank))
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -124,7 +125,7 @@ class Gaps:
             held = None if count is None else values.bytes(census, count)
             if count is not None and held is not None:
                 size = held + digits.stored_bytes(gap, count)
-                nodes = 5 + values.nodes(census, count) + digits.nodes(gap, count)
+                nodes = 4 + values.nodes(census, count) + digits.nodes(gap, count)
                 found.append(_Size(size + NODE * nodes, size, nodes, gap))
         return found
 
@@ -165,8 +166,8 @@ class Pairs:
         index = tape.op("Cast", stored, to=ir.DataType.INT32)
         steps, places = _pair_tables(tape, limit)
         table = tape.op("Gather", tape.constant("palette", palette.view(census.dtype.numpy())), places)
-        before = tape.op("CumSum", tape.op("Gather", steps, index), tape.axis(), exclusive=1)
-        return _scattered(tape, census, before, tape.op("Gather", table, index))
+        before = tape.op("CumSum", tape.picked(steps, index), tape.axis(), exclusive=1)
+        return _scattered(tape, census, before, tape.picked(table, index))
 
 
 def _pair_tables(tape: Tape, limit: int) -> tuple[ir.Value, ir.Value]:

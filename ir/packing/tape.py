@@ -32,11 +32,19 @@ class Home:
     tables: dict[str, Shared] = field(default_factory=dict)
 
 
+_LONGEST = 24
+
+
+def stem(name: str) -> str:
+    """What names in a decoder begin with: the name of the weight, or the end of a long one."""
+    return name[-_LONGEST:] or "weight"
+
+
 class Tape:
     """Makes one decoder: nodes in order, and constants as the weight's own are: initializers, or Constant nodes."""
 
-    def __init__(self, stem: str, names: Names, home: Home, *, in_nodes: bool, lazy: bool) -> None:
-        self.stem, self.names, self.home, self.in_nodes, self.lazy = stem, names, home, in_nodes, lazy
+    def __init__(self, name: str, names: Names, home: Home, *, in_nodes: bool, lazy: bool) -> None:
+        self.stem, self.names, self.home, self.in_nodes, self.lazy = stem(name), names, home, in_nodes, lazy
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
         self.payload: list[ir.Value] = []
@@ -57,6 +65,10 @@ class Tape:
         if rows:
             self.rows.add(made)
         return made
+
+    def picked(self, table: ir.Value, index: ir.Value) -> ir.Value:
+        """The elements of a flat table at a flat index: by GatherElements, which takes a fifth of Gather's time."""
+        return self.op("GatherElements", table, index, length=self.lengths.get(index), axis=0)
 
     def filled(self, count: int, value: Array) -> ir.Value:
         """A flat tensor of ``count`` times one value [1]."""

@@ -87,10 +87,14 @@ class Palette:
     word = "palette"
 
     def nodes(self, census: Census, count: int) -> int:
-        return 1 + digits.nodes(0 if census.palette is None else len(census.palette), count)
+        limit = 0 if census.palette is None else len(census.palette)
+        plane, *more = digits.planes(limit, count)
+        if more or not plane.needs_table:
+            return 1 + digits.nodes(limit, count)
+        return 3 + 2 * (digits.padded(limit, count) > count)
 
     def opset(self, census: Census) -> int:
-        return 10
+        return 11
 
     def bytes(self, census: Census, count: int) -> int | None:
         if census.palette is None:
@@ -110,7 +114,7 @@ class Palette:
         plane, *more = digits.planes(limit, count)
         if more or plane.digits == 1:
             table = tape.constant("palette", palette.view(census.dtype.numpy()))
-            return tape.op("Gather", table, digits.read(tape, limit, count, stored), length=full)
+            return tape.picked(table, digits.read(tape, limit, count, stored))
         filled = np.concatenate([palette, np.repeat(palette[-1:], plane.base - limit)])  # a row for every digit
         table = tape.constant("palette", filled.view(census.dtype.numpy()))
         rows = tape.op("Gather", table, plane.table(tape, 0))

@@ -39,7 +39,7 @@ class Packer:
         home = self.homes[self.model.graph if function is None else function.graph]
         producer, tensor = value.producer(), census.tensor
         in_file = isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) and tensor.nbytes >= LARGE
-        tape = Tape(value.name or "weight", self.names, home, in_nodes=producer is not None, lazy=in_file)
+        tape = Tape(value.name or "", self.names, home, in_nodes=producer is not None, lazy=in_file)
         made = storage.build(tape, census)
         last = made.producer()
         assert last is not None

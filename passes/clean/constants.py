@@ -15,6 +15,7 @@ from ...ir.constants import Array, constant_node, constant_tensor, is_constant, 
 from ...ir.dimensions import Dimensions
 from ...ir.match import Replacement, rule
 from ...ir.ops import operator
+from ...ir.packing.decoded import GROWTH, packed_nodes
 from ...ir.references import inherit, is_named, replace_all_uses
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import Dims, infer_shapes, inferred, static_dims
@@ -28,7 +29,6 @@ from .identities import remove_identities
 
 _LIMIT = 16 << 20  # bytes of any value in what is folded
 _AT_ONCE = 16 << 20  # bytes of constants and results of what is computed in one model
-_GROWTH = 1 << 10  # bytes that a result may be larger than the constants that die
 _NEVER = ("Constant", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "OptionalHasElement")
 _PLAIN = {
     *(ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BOOL),
@@ -43,9 +43,9 @@ class FoldConstants(Pass):
 
     A part of the graph folds only if its results are no larger than the constants that die with it, plus 1 KiB, and
     nothing in it is over 16 MiB; sizes are known before anything is computed. So packed and quantized weights stay
-    packed. Loop, Scan, If, random operators and Q/DQ are never folded. Also writes the target of a Reshape that is
-    computed from the shape of its data as a constant with zeros, which copy. An operator that does nothing once
-    another has folded goes too, as by remove-identities.
+    packed; what decodes a packed weight stays whole. Loop, Scan, If, random operators and Q/DQ are never folded. Also
+    writes the target of a Reshape that is computed from the shape of its data as a constant with zeros, which copy. An
+    operator that does nothing once another has folded goes too, as by remove-identities.
     """
 
     def effect(self) -> Effect:
@@ -59,7 +59,9 @@ class FoldConstants(Pass):
             skipped.clear()
             del ctx.ledger.skips[told:]
             cast = rewrite(model, [cast_like_a_known_type], ctx)  # each round knows more types
-            changed = cast + sum(_Folder(model, scope, ctx, skipped).run() for scope in list(scopes(model))) > 0
+            packed = packed_nodes(model)
+            every = list(scopes(model))
+            changed = cast + sum(_Folder(model, scope, ctx, skipped, packed).run() for scope in every) > 0
             if changed:
                 infer_shapes(model)
                 remove_identities(model, ctx)
@@ -87,11 +89,19 @@ class _Part:
 class _Folder:
     """The folding of one graph."""
 
-    def __init__(self, model: ir.Model, scope: Scope, ctx: Context, skipped: dict[ir.Node, tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        scope: Scope,
+        ctx: Context,
+        skipped: dict[ir.Node, tuple[str, str]],
+        packed: set[ir.Node],
+    ) -> None:
         self.model = model
         self.scope = scope
         self.ctx = ctx
         self.skipped = skipped
+        self.packed = packed
         self.dimensions = Dimensions(model, scope)
         self.sizes: dict[ir.Value, int] = {}  # bytes of what shapes and region inference tell
         self.unsized: dict[ir.Value, str] = {}  # why a value has no such size
@@ -127,7 +137,7 @@ class _Folder:
 
     def is_foldable(self, node: ir.Node, constant: set[ir.Value]) -> bool:
         inputs = [value for value in node.inputs if value is not None]
-        if not inputs or node.domain or node.op_type in _NEVER:
+        if not inputs or node.domain or node.op_type in _NEVER or node in self.packed:
             return False
         for value in inputs:
             if value not in constant and not is_constant(value):
@@ -192,7 +202,7 @@ class _Folder:
                 if size is not None and size > _LIMIT:
                     return node, "over 16 MiB"
         growth = sum(self.sizes[value] for value in results) - self.dying(nodes)
-        if growth > _GROWTH:
+        if growth > GROWTH:
             largest = max(results, key=lambda value: self.sizes[value])
             return largest.producer(), "the result is larger than the constants that it is made of"
         return None, ""

@@ -8,20 +8,15 @@ import onnx_ir as ir
 
 from ...ir.errors import UsageError
 from ...ir.files import saved_bytes
-from ...ir.ops import Kind
 from ...ir.opset import NoConversion, raise_opset
 from ...ir.packing.census import Census
-from ...ir.packing.choose import Storage, smallest
+from ...ir.packing.choose import SMALL, TABLES, Storage, obstacle, smallest
 from ...ir.packing.decoded import decoders
 from ...ir.packing.write import Packer
-from ...ir.references import is_annotated, is_named
 from ...ir.scopes import scopes
 from ...ir.weights import Weight, weights
 from ..base import Context, Pass, register
 from ..selection import NOTHING, Selection, left_out
-
-TABLES = 2 << 10  # bytes of the tables that decoders of a model share
-SETTINGS = (Kind.SHAPE, Kind.SCALE, Kind.ZERO_POINT)
 
 
 @register("pack-weights")
@@ -39,12 +34,12 @@ class PackWeights(Pass):
     decodes in every run; a model that it saves optimized, or in its own format, holds dense weights again.
 
     Weights stay dense where decoders would take what is saved, and below ``min-bytes``. ``opset=raise`` raises an
-    opset that is too old for the encodings (10 for palettes, 11 for gaps, 12 for bitmasks) where they save bytes by
+    opset that is too old for the encodings (11 for palettes and gaps, 12 for bitmasks) where they save bytes by
     it, ``keep`` takes what the opset has. unpack-weights is the way back.
     """
 
     encoding: Literal["auto", "dense", "palette", "bitmask", "gaps", "narrow", "repeat"] = "auto"
-    min_bytes: int = 4096
+    min_bytes: int = SMALL
     opset: Literal["raise", "keep"] = "raise"
     only: Selection = NOTHING
     keep: Selection = NOTHING
@@ -61,7 +56,7 @@ class PackWeights(Pass):
                 continue
             if weight.nbytes < self.min_bytes:
                 small += 1
-            elif (reason := left_out(weight, self.only, self.keep) or _obstacle(weight)) is not None:
+            elif (reason := left_out(weight, self.only, self.keep) or obstacle(weight)) is not None:
                 ctx.skip(weight, reason)
             else:
                 found.append((weight, Census.of(weight.tensor)))
@@ -143,22 +138,3 @@ class PackWeights(Pass):
             ctx.change(place, f"opset {version} to {raised.to}, whose operators decode weights")
         for address, what in raised.rewritten:
             ctx.change(address, f"rewritten: {what}")
-
-
-def _obstacle(weight: Weight) -> str | None:
-    """Why a constant cannot be computed when the model is loaded, or not be stored otherwise."""
-    if weight.overridable:
-        return "the model's caller may pass another tensor for it"
-    if weight.output or weight.value.is_graph_output():
-        return "an output"
-    if len(weight.values) > 1:
-        return "several names share its storage; tie-weights makes them one"
-    if any(use.kind in SETTINGS for use in weight.uses):
-        return "a shape, setting, scale or zero point, which ONNX Runtime wants as a constant"
-    if any(use.kind is Kind.UNKNOWN for use in weight.uses):
-        return "an unknown operator may want it as a constant"
-    if not weight.uses:
-        return "nothing reads it"
-    if any(map(is_annotated, weight.values)) or any(map(is_named, weight.values)):
-        return "it is in a quantization annotation"
-    return Census(weight.tensor, None).obstacle

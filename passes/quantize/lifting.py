@@ -37,14 +37,14 @@ class Lifting:
         self.units = [one for one in bench.subject.addresses() if start.of(one) is Treatment.FAST]
 
     def run(self) -> Candidate:
-        for treatment in (Treatment.HALF, Treatment.FLOAT):
+        for treatment, bound in ((Treatment.STORED, 1.0), (Treatment.HALF, _STORING), (Treatment.FLOAT, _STORING)):
             lifted = self.bench.whole(self.start.lifted(self.units, treatment))
-            if lifted.distance <= _STORING:
+            if lifted.distance <= bound:
                 break
         groups = self._by_worth(lifted)
-        best, count = self._least(groups, lifted.choice.treatments, self.start, _STORING, lifted)
-        best = self._given_back(self._recalibrated(best), groups[: count - 1])
-        return self._stored(best)
+        best, count = self._least(groups, lifted.choice.treatments, self.start, bound, lifted)
+        best = self._given_back(self._recalibrated(best), groups[: count - 1], bound)
+        return best if treatment is Treatment.STORED else self._stored(best)
 
     def _by_worth(self, lifted: Candidate) -> list[Group]:
         """Groups of neighbours, first those that put most noise in on integers for the time that they gain there.
@@ -73,12 +73,11 @@ class Lifting:
         if found.distance <= 1:
             return found
         floor = self.bench.noise(best.choice)
-        singles = []
+        groups = []
         for part in _parts(lifted):
             noise = self.bench.noise(best.choice.lifted(part, Treatment.STORED)) - floor
-            # Of neighbours the smallest first: they do as much harm as the others, and cost less.
-            singles += [Group([one], max(0.0, noise) / len(part), self._size(one)) for one in part]
-        return self._least(_ranked(singles), best.choice.treatments, low, 1.0, best)[0]
+            groups.append(Group(part, max(0.0, noise), sum(self._size(address) for address in part)))
+        return self._least(_ranked(groups), best.choice.treatments, low, 1.0, best)[0]
 
     def _size(self, address: str) -> int:
         """How many constants a layer reads."""
@@ -99,7 +98,7 @@ class Lifting:
         found = self.bench.whole(nearest)
         return found if found.distance < best.distance else best
 
-    def _given_back(self, best: Candidate, groups: Sequence[Group]) -> Candidate:
+    def _given_back(self, best: Candidate, groups: Sequence[Group], bound: float) -> Candidate:
         """The same with as many of the lifted ``groups`` back on integers, the least harmful first, as there is room
         for."""
         low, high = 0, len(groups)
@@ -107,7 +106,7 @@ class Lifting:
             middle = (low + high + 1) // 2
             some = [address for group in groups[len(groups) - middle :] for address in group.addresses]
             found = self.bench.whole(best.choice.lifted(some, Treatment.FAST))
-            if found.distance <= _STORING:
+            if found.distance <= bound:
                 best, low = found, middle
             else:
                 high = middle - 1
