@@ -171,9 +171,11 @@ def _figures(model: ir.Model, constants: list[Weight], zeros_of: Callable[[Weigh
         size,
         sum(map(len, every)),
         sum(len(graph.initializers) for graph in every),
-        *matrices,
-        *floats,
-        sum(math.prod(decoder.shape) for decoder in decoders(model) if decoder.saves > GROWTH),
+        weights=matrices[0],
+        zeros=matrices[1],
+        floats=floats[0],
+        float_zeros=floats[1],
+        packed=sum(math.prod(decoder.shape) for decoder in decoders(model) if decoder.saves > GROWTH),
     )
 
 

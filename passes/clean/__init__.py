@@ -7,5 +7,6 @@ from ..registry import register_pipeline
 
 register_pipeline(
     "clean",
-    "remove-dead-code,infer-shapes,remove-identities,fold-constants,fold-batchnorm,merge-duplicates,unify-names",
+    "remove-dead-code,infer-shapes,remove-identities,hoist-loop-invariants,"
+    "fold-constants,fold-batchnorm,merge-duplicates,unify-names",
 )
