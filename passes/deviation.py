@@ -82,12 +82,15 @@ class Deviation:
         elif isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str):
             for pair in itertools.zip_longest(wanted, found):
                 self.add(*pair)
-        elif isinstance(wanted, Mapping) and isinstance(found, Mapping):
-            for key in wanted:
-                self.add(wanted[key], found.get(key))
+        elif isinstance(wanted, Mapping) and isinstance(found, Mapping) and wanted.keys() == found.keys():
+            self._array(np.array(list(wanted.values())), np.array(list(found.values())))
+        elif isinstance(wanted, np.ndarray) and wanted.dtype.kind in "fV":
+            self.is_float = True
+            self.runs.append((1.0, math.inf))
+            self.farthest = math.inf
         else:
             self.rows += 1
-            self.same += wanted == found
+            self.same += type(wanted) is type(found) and bool(np.array_equal(wanted, found))
 
     def _array(self, wanted: Array, found: Array) -> None:
         if wanted.dtype.kind not in "fV":

@@ -21,10 +21,15 @@ _HELD = 256 * 2**20  # bytes of outputs of the float model that are kept, not co
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """What the user allows to be lost: of the metric or of top-1 agreement, and the least SQNR of an output in dB."""
+    """What the user allows to be lost: of the metric or, where there is none, of top-1 agreement and SQNR in dB.
+
+    ``least_sqnr`` and ``max_error``, max|Δ|/max|y|, hold for each float output beside a metric too.
+    """
 
     max_drop: float
     min_sqnr: float
+    least_sqnr: float = -math.inf
+    max_error: float | None = None
 
 
 @dataclass(slots=True)
@@ -51,10 +56,15 @@ class Fidelity:
         Of few cases one may differ where ``max_drop`` is not 0: 1 of 64 does not tell whether it is 1 in 100.
         """
         if self.drop is not None:
-            return _share(max(self.drop, 0.0), bars.max_drop)
-        known = self.surely if surely else self.sqnr
-        noise = max((10 ** ((bars.min_sqnr - found) / 10) for found in known.values()), default=0.0)
-        return max(noise, *(_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in self.flips.values()), 0.0)
+            lost, least = [_share(max(self.drop, 0.0), bars.max_drop)], bars.least_sqnr
+        else:
+            lost = [_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in self.flips.values()]
+            least = max(bars.min_sqnr, bars.least_sqnr)
+        if least > -math.inf:
+            lost += [10 ** ((least - found) / 10) for found in (self.surely if surely else self.sqnr).values()]
+        if bars.max_error is not None:
+            lost.append(_share(self.error, bars.max_error))
+        return max(lost, default=0.0)
 
     @property
     def noise(self) -> float:
@@ -79,8 +89,10 @@ class Judge:
         self.model, self.ctx, self.runner = model, ctx, ctx.runner
         self.feeds = _spread(feeds, MOST_RUNS)
         self.states = _states(model, self.feeds, self._float_outputs())
-        self.score = ctx.runner.score(model) if ctx.has("metric") else None
-        self._kept = self._keep()
+        self.score = None
+        if ctx.has("metric"):  # what passes before have lost counts too
+            self.score = ctx.runner.score(model) if ctx.metric_before is None else ctx.metric_before
+        self._kept = kept(self._float_outputs())
         if self._kept and not any(_holds_something(output) for outputs in self._kept for output in outputs.values()):
             raise BadFeeds(
                 "The data give nothing but empty outputs, so that no model could be judged by them; give samples."
@@ -88,10 +100,9 @@ class Judge:
 
     def fidelity(self, model: ir.Model, *, runs: int | None = None, metric: bool = True) -> Fidelity:
         """How ``model`` compares on all feeds, or about ``runs`` of them; the metric takes all of its own data."""
-        feeds = self.feeds if runs is None or self.states else self.feeds[:: max(1, len(self.feeds) // runs)]
-        wanted = self._kept or list(self._float_outputs())
-        if len(feeds) < len(self.feeds):
-            wanted = wanted[:: max(1, len(self.feeds) // (runs or 1))]
+        feeds = self.some(runs)
+        step = -(-len(self.feeds) // max(1, len(feeds)))
+        wanted = self._kept[::step] if self._kept else self.runner.run(self.model, feeds)
         sums: dict[str, Deviation] = {}
         for expected, found in zip(wanted, self._outputs(model, feeds), strict=True):
             for name, output in expected.items():
@@ -108,14 +119,9 @@ class Judge:
             result.drop = self.score - self.runner.score(model)
         return result
 
-    def _keep(self) -> list[Outputs]:
-        kept, size = [], 0
-        for outputs in self._float_outputs():
-            kept.append(outputs)
-            size += sum(value.nbytes for value in outputs.values() if isinstance(value, np.ndarray))
-            if size > _HELD:
-                return []
-        return kept
+    def some(self, runs: int | None) -> Sequence[Mapping[str, Array]]:
+        """About ``runs`` of the feeds, evenly spaced; all where they are the steps of a sequence."""
+        return self.feeds if runs is None or self.states else self.feeds[:: -(-len(self.feeds) // runs) or 1]
 
     def _float_outputs(self) -> Iterator[Outputs]:
         return self.runner.run(self.model, self.feeds)
@@ -134,6 +140,17 @@ class Judge:
         for outputs in self.runner.run(model, _Lazy(steps)):
             state = {name: outputs[source] for name, source in self.states.pairs.items()}
             yield outputs
+
+
+def kept(outputs: Iterable[Outputs]) -> list[Outputs]:
+    """``outputs``; none of them where they take much memory, so that they had better be computed anew."""
+    found, size = [], 0
+    for one in outputs:
+        found.append(one)
+        size += sum(value.nbytes for value in one.values() if isinstance(value, np.ndarray))
+        if size > _HELD:
+            return []
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +183,7 @@ def _states(model: ir.Model, feeds: Sequence[Mapping[str, Array]], outputs: Iter
 
 def _source(array: Array, outputs: Outputs) -> str | None:
     """The output that ``array`` repeats; nothing that is all equal numbers, as states are where they start."""
-    if array.dtype.kind != "f" or array.size < 2 or not np.ptp(array):
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.size < 2 or not np.ptp(array):
         return None
     for name, found in outputs.items():
         if isinstance(found, np.ndarray) and found.shape == array.shape and np.allclose(found, array, 1e-3, 1e-5):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from .base import Array
-from .judge import Fidelity, Judge
+from .base import Array, Outputs
+from .judge import Fidelity, Judge, kept
 
 _ENDING = frozenset(
     {"Softmax", "LogSoftmax", "Sigmoid", "Tanh", "HardSigmoid", "ArgMax", "ArgMin", "TopK"}
@@ -23,22 +23,24 @@ class Meter:
     """
 
     def __init__(self, model: ir.Model, judge: Judge, runs: int) -> None:
-        self.judge, self.runs = judge, runs
-        self.feeds = judge.feeds[:: max(1, len(judge.feeds) // runs)]
+        self.model, self.judge, self.runs = model, judge, runs
+        self.feeds = judge.some(runs)
         self.names = list(dict.fromkeys(filter(None, map(_before, model.graph.outputs))))
-        self.wanted = [] if judge.states or not self.names else list(judge.runner.run(model, self.feeds, self.names))
+        self._kept = [] if judge.states or not self.names else kept(self._run(model))
 
     def noise(self, model: ir.Model) -> float:
         """That of ``model``, against the one that the meter was made with."""
         known = {value.name for node in model.graph for value in node.outputs}
-        if not self.wanted or not known.issuperset(self.names):
+        if self.judge.states or not self.names or not known.issuperset(self.names):
             return _share(self.judge.fidelity(model, runs=self.runs, metric=False))
-        found = self.judge.runner.run(model, self.feeds, self.names)
-        pairs = list(zip(self.wanted, found, strict=True))
-        return max(
-            (_median([_ratio(wanted[name], other[name]) for wanted, other in pairs]) for name in self.names),
-            default=0.0,
-        )
+        ratios: dict[str, list[float]] = {name: [] for name in self.names}
+        for wanted, found in zip(self._kept or self._run(self.model), self._run(model), strict=True):
+            for name, own in ratios.items():
+                own.append(_ratio(wanted[name], found[name]))
+        return max((float(np.median(own)) for own in ratios.values() if own), default=0.0)
+
+    def _run(self, model: ir.Model) -> Iterator[Outputs]:
+        return self.judge.runner.run(model, self.feeds, self.names)
 
 
 def _before(output: ir.Value) -> str | None:
@@ -52,7 +54,7 @@ def _before(output: ir.Value) -> str | None:
         if not (ends or node.op_type in _MOVING or (node.op_type == "Div" and _op_type(source) == "Exp")):
             break
         value = source
-        if ends and source.producer() is not None:
+        if ends and source.producer() is not None and not isinstance(source.type, ir.SequenceType | ir.OptionalType):
             found = source
     return found.name if found is not None else None
 
@@ -67,17 +69,18 @@ def _op_type(value: ir.Value) -> str:
 
 
 def _is_float(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_floating_point()
+    """Whether it is a tensor of floats that a node makes: a sequence or map of them has a dtype too."""
+    made = value.producer() is not None and isinstance(value.type, ir.TensorType)
+    return made and value.dtype is not None and value.dtype.is_floating_point()
 
 
 def _ratio(wanted: Array, found: Array) -> float:
     if wanted.shape != found.shape:
         return 1.0
-    signal, noise = wanted.astype(np.float64), found.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        np.square(np.subtract(noise, signal, out=noise), out=noise)
-    power = float(np.square(signal, out=signal).sum())
-    ratio = float(noise.sum()) / (power or 1.0)
+    finite = np.isfinite(wanted)  # a class that is masked is -inf in both
+    signal = wanted[finite].astype(np.float64)
+    noise = np.square(found[finite].astype(np.float64) - signal)
+    ratio = float(noise.sum()) / (float(np.square(signal).sum()) or 1.0)
     return ratio if np.isfinite(ratio) else 1.0
 
 
@@ -86,7 +89,3 @@ def _share(found: Fidelity) -> float:
     if found.sqnr:
         return found.typical
     return max((lost / cases for lost, cases in found.flips.values()), default=0.0)
-
-
-def _median(ratios: Sequence[float]) -> float:
-    return float(np.median(ratios)) if ratios else 0.0

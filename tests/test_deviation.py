@@ -49,3 +49,17 @@ def test_top_1_of_rows_and_integers() -> None:
     integers = Deviation()
     integers.add(np.array([1, 2, 3]), np.array([1, 2, 4]))
     assert (integers.rows, integers.same, integers.is_float) == (3, 2, False)
+
+
+def test_maps_and_sequences() -> None:
+    """A map of class scores, as ZipMap gives, is judged as the floats that it holds."""
+    deviation = Deviation()
+    deviation.add([{0: 0.25, 1: 0.75}], [{0: 0.25, 1: 0.7500001}])
+    assert deviation.is_float
+    assert deviation.energies[0].sqnr > 100
+    shorter = Deviation()
+    shorter.add([np.ones(2, np.float32), np.ones(2, np.float32)], [np.ones(2, np.float32)])
+    assert shorter.energies[0].sqnr == -math.inf
+    names = Deviation()
+    names.add(["cat", "dog"], ["cat", "cow"])
+    assert (names.rows, names.same) == (2, 1)

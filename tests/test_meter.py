@@ -18,7 +18,8 @@ def classifier(change: float = 0.0, seed: int = 0) -> ir.Model:
     """Softmax over eight classes; ``change`` moves its weights."""
     model = ir.from_onnx_text(
         '<ir_version: 8, opset_import: ["" : 17]> agraph (float[4, 16] x) => (float[4, 8] y)\n'
-        f"<float[16, 8] w = {{{', '.join('0' for _ in range(128))}}}> {{ logits = MatMul (x, w) p = Softmax (logits) q = Transpose (p) y = Transpose (q) }}"
+        f"<float[16, 8] w = {{{', '.join('0' for _ in range(128))}}}>"
+        "{ logits = MatMul (x, w) p = Softmax (logits) q = Transpose (p) y = Transpose (q) }"
     )
     noise = np.random.default_rng(seed).normal(size=WEIGHT.shape)
     model.graph.initializers["w"].const_value = ir.Tensor((WEIGHT + change * noise).astype(np.float32), name="w")
@@ -50,3 +51,27 @@ def test_a_model_without_the_value_is_measured_at_its_outputs(meter: Meter) -> N
     other = classifier(0.3)
     next(node for node in other.graph if node.op_type == "MatMul").outputs[0].name = "renamed"
     assert 0 < meter.noise(other) < 1
+
+
+def test_a_masked_class_does_not_hide_the_noise() -> None:
+    """Before Softmax a class that cannot be is -inf."""
+
+    def masked(change: float) -> ir.Model:
+        model = classifier(change)
+        product, softmax = (
+            next(node for node in model.graph if node.op_type == kind) for kind in ("MatMul", "Softmax")
+        )
+        mask = np.zeros(8, np.float32)
+        mask[3] = -np.inf
+        constant = ir.node("Constant", [], {"value": ir.Tensor(mask)})
+        total = ir.node("Add", [product.outputs[0], constant.outputs[0]])
+        constant.outputs[0].name, total.outputs[0].name = "mask", "masked"
+        model.graph.insert_after(product, [constant, total])
+        softmax.replace_input_with(0, total.outputs[0])
+        return model
+
+    model = masked(0.0)
+    meter = Meter(model, Judge(model, Context(runner=OrtRunner(), data=FEEDS)), 16)
+    assert meter.names == ["masked"]
+    assert meter.noise(masked(0.0)) == 0
+    assert 0 < meter.noise(masked(0.1)) < meter.noise(masked(0.4)) < 1

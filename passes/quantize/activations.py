@@ -61,28 +61,28 @@ def _fuse_gelu(model: ir.Model, ctx: Context) -> None:
 def hard_sigmoid_by_division(
     tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, divisor: ir.Value
 ) -> Replacement:
-    return _hard_sigmoid(tape, x, offset, low, high, _number(divisor))
+    return _hard_sigmoid(tape, x, offset, low, high, _number(divisor, x))
 
 
 @rule(f"Mul({_CLIPPED}, factor)")
 def hard_sigmoid_by_multiplication(
     tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, factor: ir.Value
 ) -> Replacement:
-    return _hard_sigmoid(tape, x, offset, low, high, _reciprocal(factor))
+    return _hard_sigmoid(tape, x, offset, low, high, _reciprocal(factor, x))
 
 
 @rule(f"Div(Mul(x, {_CLIPPED}), divisor)")
 def hard_swish_by_division(
     tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, divisor: ir.Value
 ) -> Replacement:
-    return tape.Mul(x, _hard_sigmoid(tape, x, offset, low, high, _number(divisor)))  # type: ignore[no-any-return]
+    return tape.Mul(x, _hard_sigmoid(tape, x, offset, low, high, _number(divisor, x)))  # type: ignore[no-any-return]
 
 
 @rule(f"Mul(Mul(x, {_CLIPPED}), factor)")
 def hard_swish_by_multiplication(
     tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, factor: ir.Value
 ) -> Replacement:
-    return tape.Mul(x, _hard_sigmoid(tape, x, offset, low, high, _reciprocal(factor)))  # type: ignore[no-any-return]
+    return tape.Mul(x, _hard_sigmoid(tape, x, offset, low, high, _reciprocal(factor, x)))  # type: ignore[no-any-return]
 
 
 @rule("HardSwish(x)")
@@ -128,7 +128,7 @@ def gelu_by_tanh(
 ) -> Replacement:
     _require_float(x)
     wanted = ((cubic, 0.044715), (root, math.sqrt(2 / math.pi)), (one, 1.0), (half, 0.5))
-    if not all(math.isclose(_number(value), number, rel_tol=1e-5) for value, number in wanted):
+    if not all(math.isclose(_number(value, x), number, rel_tol=1e-5) for value, number in wanted):
         decline("its numbers are not those of Gelu")
     return tape.Gelu(x, approximate="tanh")  # type: ignore[no-any-return]
 
@@ -136,7 +136,7 @@ def gelu_by_tanh(
 def gelu_by_tanh_and_power(
     tape: Tape, x: ir.Value, power: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
 ) -> Replacement:
-    if _number(power) != 3:
+    if _number(power, x) != 3:
         decline("its numbers are not those of Gelu")
     return gelu_by_tanh(tape, x, cubic, root, one, half)
 
@@ -144,7 +144,7 @@ def gelu_by_tanh_and_power(
 def gelu_by_tanh_factored(
     tape: Tape, x: ir.Value, unit: ir.Value, cubic: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value
 ) -> Replacement:
-    if _number(unit) != 1:
+    if _number(unit, x) != 1:
         decline("its numbers are not those of Gelu")
     return gelu_by_tanh(tape, x, cubic, root, one, half)
 
@@ -162,20 +162,23 @@ _GELU_OUTER = ("Mul(x, Mul(Add({}, one), half))", "Mul(Mul(x, half), Add({}, one
 def _hard_sigmoid(tape: Tape, x: ir.Value, offset: ir.Value, low: ir.Value, high: ir.Value, divisor: float) -> ir.Value:
     """HardSigmoid(x) = min(max(alpha x + beta, 0), 1), of x in float32."""
     _require_float(x)
-    if _number(low) != 0 or not math.isclose(_number(high), divisor, rel_tol=1e-6):
+    if _number(low, x) != 0 or not math.isclose(_number(high, x), divisor, rel_tol=1e-6):
         decline("it does not go from 0 to 1")
-    return tape.HardSigmoid(x, alpha=1 / divisor, beta=_number(offset) / divisor)  # type: ignore[no-any-return]
+    return tape.HardSigmoid(x, alpha=1 / divisor, beta=_number(offset, x) / divisor)  # type: ignore[no-any-return]
 
 
-def _number(value: ir.Value) -> float:
+def _number(value: ir.Value, x: ir.Value) -> float:
+    """The one number of a constant that gives the result no axis that ``x`` has not."""
     array = constant_array(value)
     if array is None or array.size != 1:
         decline("a number in it is not constant")
+    if array.ndim > (0 if x.shape is None else x.shape.rank()):
+        decline("a number in it has more axes than what it is applied to")
     return float(array.reshape(-1)[0])
 
 
-def _reciprocal(value: ir.Value) -> float:
-    number = _number(value)
+def _reciprocal(value: ir.Value, x: ir.Value) -> float:
+    number = _number(value, x)
     return 1 / number if number else decline("it multiplies by 0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from ...ir.edit import become
 from ...ir.errors import UsageError
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..judge import Bars
+from ..ledger import Change
 from .calibrators import Method
 from .candidates import TRIED, Bench, Candidate, Subject, copy
 from .filters import REASON
@@ -62,7 +64,8 @@ class QuantizeAuto(Pass):
     def _bars(self, ctx: Context) -> Bars:
         limits = ctx.limits
         drop = limits.max_drop if limits.max_drop is not None and ctx.has("metric") else self.max_drop
-        return Bars(min(self.max_drop, drop), max(self.min_sqnr, limits.min_sqnr or self.min_sqnr))
+        least = -math.inf if limits.min_sqnr is None else limits.min_sqnr
+        return Bars(min(self.max_drop, drop), self.min_sqnr, least, limits.max_error)
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without data, ``BadFeeds`` for data that hold NaN or infinity."""
@@ -84,12 +87,15 @@ class Search:
 
     bench: Bench
     trail: list[str] = field(default_factory=list)  # what was tried, for the ledger
+    smoothing: list[Change] = field(default_factory=list)
 
     def run(self) -> Candidate | None:
         """The best choice that holds the bounds; None where the model had better stay as it is."""
+        prepared = self.bench.subject
         best = self._found()
         if best.good and self.bench.gains(best):
             return best
+        self.bench.subject, self.smoothing = prepared, []
         plain = self.bench.whole(Choice(default=Treatment.FLOAT))  # cleaned only, its activations fused
         return plain if plain.good and self.bench.gains(plain) else None
 
@@ -101,6 +107,8 @@ class Search:
         if best.distance <= 1:
             return best
         mending_helps = best.choice.mended
+        if mending_helps:
+            self.trail.pop()  # begun anew without it
         best = Lifting(self.bench, best.choice).run()
         self.trail.append(f"the least harmful units on integers: {best.fidelity}")
         return self._mended(best) if mending_helps and best.distance > _COMFORT else best
@@ -126,7 +134,7 @@ class Search:
             bench.subject = Subject.of(smooth, bench.ctx)
             found = bench.whole(best.choice)
             if found.distance < best.distance:
-                bench.preparation.ledger.changes += own.ledger.changes
+                self.smoothing = own.ledger.changes
                 self.trail.append(f"smooth: {found.fidelity}")
                 return found
         bench.subject = plain
@@ -150,7 +158,7 @@ class Search:
         for line in self.trail:
             ctx.change("search", line)
         ctx.change("outputs", f"in the end: {found.fidelity}")
-        ledger.changes += bench.preparation.ledger.changes
+        ledger.changes += [*bench.preparation.ledger.changes, *self.smoothing]
         figures = self._figures()
         for address, role in found.treated.static.items():
             if role is Role.LAYER:
@@ -159,15 +167,29 @@ class Search:
         if others := sum(role is not Role.LAYER for role in found.treated.static.values()):
             ctx.change("neighbours", f"{others} operators between layers on integers too")
         ledger.changes += own.ledger.changes
-        for address, treatment in found.choice.treatments.items():
-            if address in layers and bench.is_kept(layers[address]):
-                ctx.skip(address, "kept by request" if layers[address] in bench.keep else REASON)
-            elif treatment is not Treatment.FAST:
-                ctx.skip(address, f"lifted to {treatment}, for its harm")
-        told = {*found.treated.static, *found.treated.dynamic, *found.choice.treatments}
-        for address, reason in self._reasons().items():
-            if address not in told:
-                ctx.skip(address, reason)
+        reasons = self._reasons() | self._lifted(found)
+        for address in bench.subject.addresses():
+            if address in reasons and address not in {*found.treated.static, *found.treated.dynamic}:
+                ctx.skip(address, reasons[address])
+
+    def _lifted(self, found: Candidate) -> dict[str, str]:
+        """Why the units that were treated otherwise than in the fastest way are so treated."""
+        bench, layers, treatments = self.bench, self.bench.subject.layers, found.choice.treatments
+        if found.choice.default is Treatment.FLOAT:
+            return dict.fromkeys(layers, "on integers the model would gain nothing within the bounds")
+        kept = [address for address in treatments if address in layers and bench.is_kept(layers[address])]
+        fastest = Choice(dict.fromkeys(kept, Treatment.FLOAT), calibrator=found.choice.calibrator)
+        fast = bench.treat(fastest, bench.ctx.for_step(bench.ctx.step))
+        integer, reasons = {*fast.static, *fast.dynamic}, dict[str, str]()
+        for address, treatment in treatments.items():
+            if address in kept:
+                reasons[address] = "kept by request" if layers[address] in bench.keep else REASON
+            elif treatment is not Treatment.FAST and address in integer:
+                own = f"lifted to {treatment}, for its harm"
+                reasons[address] = own if address in layers else "lifted to float with its neighbours, for their harm"
+            elif treatment in (Treatment.HALF, Treatment.FLOAT) and address in layers:
+                reasons[address] = f"its weights lifted to {treatment}, for the harm that 8 bits do"
+        return reasons
 
     def _figures(self) -> dict[str, dict[str, float]]:
         """What was timed of each unit."""

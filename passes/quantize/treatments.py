@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,10 +125,9 @@ def place(
     found = plan.place(sizes, lambda unit: choose(unit, choice, plan, observed, sizes, costs), costs)
     static = {unit.address: unit.role for _, units in found[0] for unit in units}
     made = {value for _, units in found[0] for unit in units for value in unit.outputs}
+    nodes = layers(plan.model)
     late = [
-        address
-        for address in _dynamic(choice, plan, static, sizes, costs)
-        if made.intersection(layers(plan.model)[address].inputs)
+        address for address in _dynamic(choice, plan, static, sizes, costs) if made.intersection(nodes[address].inputs)
     ]
     if not late:
         return found
@@ -190,4 +190,4 @@ def _gains(treatment: Treatment, node: ir.Node, sizes: Sizes, costs: Costs) -> b
 
 
 def _named(nodes: Iterable[ir.Node]) -> Selection:
-    return Selection(tuple(f"node:{node.name}" for node in nodes))
+    return Selection(tuple(f"node:{glob.escape(node.name or '')}" for node in nodes))
