@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from .ir.address import printable
 from .ir.errors import UsageError
 
 _Command = Callable[..., None]
@@ -126,7 +128,170 @@ def parallel(
     _run(context, pass_, models, names, **options)
 
 
-MERGES = (chain, extract, parallel)
+@click.command()
+@click.argument("models", nargs=-1, type=click.Path())
+@click.option(
+    "--method",
+    type=click.Choice(["uniform", "weighted", "greedy", "slerp", "task-arithmetic", "ties", "dare"]),
+    default="uniform",
+    show_default=True,
+)
+@click.option("--base", type=click.Path(), help="The model that all were trained from; for the last three methods.")
+@click.option(
+    "--weights", metavar="W,...", help="A number for each model: parts of one; or factors of what it changed."
+)
+@click.option("--scale", type=float, help="What the changes in the base are multiplied by.")
+@click.option("--density", type=float, help="The share of the changes that is kept, for ties and dare.")
+@click.option("--metric", metavar="FILE.py:FUNCTION", help="Takes an InferenceSession; greedy adds by it.")
+@click.option("--max-drop", type=float, help="The most that the metric of the first model may fall, absolute.")
+@_options
+def soup(
+    context: click.Context,
+    /,
+    models: Sequence[str],
+    method: str,
+    base: str | None,
+    weights: str | None,
+    scale: float | None,
+    density: float | None,
+    **options: Any,
+) -> None:
+    """Make one model whose weights are made of those of MODELS, all of one architecture.
+
+    With --data, means and variances of BatchNormalization are estimated on them anew.
+    """
+    from .passes.merge.soup import Soup
+
+    names = _names(models, "soup")
+    partners, paths, name = list(names), list(models), None
+    if base is not None:
+        name = next(new for number in range(len(names) + 1) if (new := "base" + "-again" * number) not in names)
+        partners, paths = [*names, name], [*models, base]
+    factors = None if weights is None else _numbers(weights, "--weights")
+    given = _given(method=method, base=name, weights=factors, scale=scale, density=density)
+    _run(context, Soup(with_=tuple(names), **given), paths, partners, **options)
+
+
+@click.command()
+@click.argument("models", nargs=-1, type=click.Path())
+@click.option(
+    "--combine",
+    type=click.Choice(
+        ["mean", "weighted", "sum", "median", "geometric", "min", "max", "soft-vote", "hard-vote", "stack"]
+    ),
+    default="mean",
+    show_default=True,
+    help="How the outputs become one.",
+)
+@click.option("--weights", metavar="W,...", help="One for each model, of sum one.")
+@click.option("--normalize", is_flag=True, help="Divide by the sum of the weights.")
+@click.option("--fit", help="Sample inputs that weights or the stack are fitted on.")
+@click.option("--labels", type=click.Path(), help="Their labels: int64 [samples] as .npy.")
+@click.option("--outputs", multiple=True, metavar="NAME,...", help="What is combined; all outputs otherwise.")
+@click.option(
+    "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
+)
+@click.option(
+    "--adapt",
+    multiple=True,
+    type=click.Choice(["cast", "reshape", "transpose"]),
+    help="Allow an adapter where an input does not fit.",
+)
+@click.option("--classes", multiple=True, metavar="MODEL=2 0 1", help="The order of a model's classes.")
+@click.option("--scores", type=click.Choice(["auto", "logits", "probabilities"]), help="What the outputs are.")
+@click.option("--solver", type=click.Choice(["least-squares", "logistic"]), help="What fits the stack.")
+@_options
+def ensemble(
+    context: click.Context,
+    /,
+    models: Sequence[str],
+    combine: str,
+    weights: str | None,
+    normalize: bool,
+    fit: str | None,
+    labels: str | None,
+    outputs: Sequence[str],
+    mapped: Sequence[str],
+    adapt: Sequence[str],
+    data: str | None,
+    **options: Any,
+) -> None:
+    """Let MODELS answer as one: their outputs become one."""
+    from .passes.merge.ensemble import Ensemble
+
+    fitted = combine == "stack" or (combine == "weighted" and weights is None)
+    if fit is not None and not fitted:
+        raise UsageError(
+            f"--fit is for --combine weighted without --weights, and for stack; --combine {combine} has nothing to fit."
+        )
+    if fitted and (fit is None or labels is None):
+        remedy = " or the weights with --weights" if combine == "weighted" else ""
+        raise UsageError(f"--combine {combine} is fitted to data; give them with --fit FEEDS --labels L{remedy}.")
+    names = _names(models, "ensemble")
+    given = _given(scores=options.pop("scores"), solver=options.pop("solver"))
+    pass_ = Ensemble(
+        with_=tuple(names),
+        combine=combine,  # type: ignore[arg-type]
+        weights=() if weights is None else _numbers(weights, "--weights"),
+        normalize=normalize,
+        outputs=_listed(outputs),
+        map=tuple(mapped),
+        adapt=tuple(adapt),  # type: ignore[arg-type]
+        classes=tuple(options.pop("classes")),
+        **given,
+    )
+    check_data = {} if fit is None or data is None else {"check_data": data}
+    _run(context, pass_, models, names, data=data if fit is None else fit, labels=labels, **check_data, **options)
+
+
+@click.command()
+@click.argument("models", nargs=-1, type=click.Path())
+@click.option(
+    "--confidence",
+    type=click.Choice(["max-prob", "margin", "entropy"]),
+    default="max-prob",
+    show_default=True,
+    help="What tells how sure the first model is.",
+)
+@click.option("--route", type=click.Choice(["sample", "batch"]), help="What goes on: unsure rows, or the whole batch.")
+@click.option("--threshold", type=float, help="What is less sure goes on.")
+@click.option("--fit", help="Sample inputs that the threshold is fitted on.")
+@click.option("--labels", type=click.Path(), help="Their labels: int64 [samples] as .npy.")
+@click.option("--max-drop", type=float, help="The accuracy that may be lost to the second model's, for --fit.")
+@click.option("--scores", metavar="NAME", help="The output whose confidence counts; the first otherwise.")
+@click.option(
+    "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
+)
+@_options
+def cascade(
+    context: click.Context,
+    /,
+    models: Sequence[str],
+    threshold: float | None,
+    fit: str | None,
+    labels: str | None,
+    max_drop: float | None,
+    mapped: Sequence[str],
+    data: str | None,
+    **options: Any,
+) -> None:
+    """Let the first of two MODELS answer, and the second where the first is not sure."""
+    from .passes.merge.cascade import Cascade
+
+    if threshold is not None and fit is not None:
+        raise UsageError("A threshold is given or fitted; give --threshold or --fit, not both.")
+    if threshold is None and (fit is None or labels is None):
+        raise UsageError("Give --threshold T, or what to fit it on: --fit FEEDS --labels L --max-drop X.")
+    names = _names(models, "cascade")
+    if len(models) > 2:
+        raise UsageError(f"penjing cascade takes two models, a small one and a big one; {len(models)} were given.")
+    own = _given(**{name: options.pop(name) for name in ("confidence", "route", "scores")})
+    pass_ = Cascade(with_=tuple(names), threshold=threshold, max_drop=max_drop, map=tuple(mapped), **own)
+    check_data = {} if fit is None or data is None else {"check_data": data}
+    _run(context, pass_, models, names, data=data if fit is None else fit, labels=labels, **check_data, **options)
+
+
+MERGES = (cascade, chain, ensemble, extract, parallel, soup)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -135,6 +300,19 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _listed(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(part for text in texts for part in text.split(",") if part)
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    """Finite numbers with commas between them; raises ``UsageError`` that names the option."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise UsageError(f"{option}: {printable(part)!r} is no number; write 0.5,0.3,0.2.") from None
+        if not math.isfinite(found[-1]):
+            raise UsageError(f"{option}: {printable(part)} is no finite number.")
+    return tuple(found)
 
 
 def _names(models: Sequence[str], command: str) -> list[str]:

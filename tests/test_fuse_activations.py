@@ -79,7 +79,7 @@ def test_spellings(body: str, wanted: list[str]) -> None:
 def test_a_number_that_adds_an_axis_stays() -> None:
     text = '<ir_version: 8, opset_import: ["" : 17]> agraph (float[4] x) => (float[1, 4] y)\n'
     numbers = "<float[1, 1] three = {3}, float zero = {0}, float six = {6}>\n"
-    model, work, _ = fused(text + numbers + "{ a = Add (x, three) b = Clip (a, zero, six) y = Div (b, six) }")
+    _, work, _ = fused(text + numbers + "{ a = Add (x, three) b = Clip (a, zero, six) y = Div (b, six) }")
     assert "HardSigmoid" not in [node.op_type for node in work.graph]
     (found,) = OrtRunner().run(work, [{"x": np.ones(4, np.float32)}])
     assert found["y"].shape == (1, 4)

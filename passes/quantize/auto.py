@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -13,7 +13,6 @@ from ...ir.errors import UsageError
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..judge import Bars
 from ..ledger import Change
-from .calibrators import Method
 from .candidates import TRIED, Bench, Candidate, Subject, copy
 from .filters import REASON
 from .lifting import Lifting
@@ -115,10 +114,10 @@ class Search:
 
     def _calibrated(self, choice: Choice) -> Candidate:
         """The calibrator under which the fastest choice is nearest to the float model."""
-        found = [self.bench.tried(choice)]
-        if found[0].treated.static and found[0].distance > _COMFORT:
-            found += [self.bench.tried(replace(choice, calibrator=method)) for method in get_args(Method)[1:]]
-        best = self.bench.whole(min(found, key=_distance).choice)
+        best = self.bench.whole(choice)
+        if best.treated.static and best.distance > _COMFORT:
+            nearest = self.bench.calibrated(choice)
+            best = best if nearest == choice else self.bench.whole(nearest)
         self.trail.append(f"calibrator {best.choice.calibrator}: {best.fidelity}")
         return best
 
@@ -130,7 +129,7 @@ class Search:
         if not own.ledger.changes:
             return best
         some = Subject.of(smooth, bench.ctx, TRIED)
-        if bench.tried(best.choice, some).distance < bench.tried(best.choice).distance:
+        if bench.tried(best.choice, some, TRIED).distance < bench.tried(best.choice, runs=TRIED).distance:
             bench.subject = Subject.of(smooth, bench.ctx)
             found = bench.whole(best.choice)
             if found.distance < best.distance:
@@ -210,10 +209,6 @@ class Search:
             missing = next((subject.observed.reasons[one] for one in unknown if one in subject.observed.reasons), "")
             reasons[unit.address] = missing or slower(unit, sizes, self.bench.costs)
         return {address: reasons[address] for address in subject.layers if address in reasons}
-
-
-def _distance(candidate: Candidate) -> float:
-    return candidate.distance
 
 
 _COMFORT = 0.4  # of what is allowed: with less harm than this nothing else is tried

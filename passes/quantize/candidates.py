@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import onnx_ir as ir
 
@@ -14,6 +15,7 @@ from ..feeds import Some
 from ..judge import Bars, Fidelity, Judge
 from ..meter import Meter
 from ..selection import Selection
+from .calibrators import Method
 from .costs import Table, Target
 from .filters import is_filter_bank
 from .insertion import Grids
@@ -22,7 +24,8 @@ from .placement import Costs, Foretold
 from .plan import Plan, forget_shapes, known_shapes, prepare
 from .treatments import Choice, Treated, layers, predicted, treat
 
-TRIED = 16  # feeds on which candidates are compared; the result is held to the bounds on all
+TRIED = 16  # feeds on which it is measured where noise comes from
+_CLIPS = 1.25
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,17 @@ class Bench:
         """Whether a layer stays in float in any case."""
         return node in self.keep or is_filter_bank(node)
 
-    def tried(self, choice: Choice, subject: Subject | None = None) -> Candidate:
-        """What a choice makes, compared on some of the feeds, without the metric."""
+    def tried(self, choice: Choice, subject: Subject | None = None, runs: int | None = None) -> Candidate:
+        """What a choice makes, judged on all feeds, or about ``runs`` of them, without the metric."""
         treated = self.treat(choice, self.ctx.for_step(self.ctx.step), subject)
-        return self._candidate(choice, treated, self.judge.fidelity(treated.model, runs=TRIED, metric=False))
+        return self._candidate(choice, treated, self.judge.fidelity(treated.model, runs=runs, metric=False))
+
+    def calibrated(self, choice: Choice) -> Choice:
+        """The same under the calibrator that brings it nearest; one that clips has to be clearly nearer, for on other
+        data it may clip more."""
+        choices = [replace(choice, calibrator=method) for method in get_args(Method)]
+        found = [self.tried(one).distance * (1.0 if number == 0 else _CLIPS) for number, one in enumerate(choices)]
+        return choices[found.index(min(found))]
 
     def whole(self, choice: Choice) -> Candidate:
         """What a choice makes, judged on all feeds and by the metric."""

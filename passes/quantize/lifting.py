@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
-from .calibrators import Method
 from .candidates import Bench, Candidate
 from .treatments import Choice, Treatment
 
@@ -91,8 +89,7 @@ class Lifting:
         lifted."""
         if not best.treated.static:
             return best
-        choices = [replace(best.choice, calibrator=method) for method in get_args(Method)]
-        nearest = min((self.bench.tried(choice) for choice in choices), key=lambda one: one.distance).choice
+        nearest = self.bench.calibrated(best.choice)
         if nearest.calibrator == best.choice.calibrator:
             return best
         found = self.bench.whole(nearest)

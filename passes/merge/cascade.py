@@ -1,0 +1,311 @@
+"""A small model that answers, and a big one where the small one is not sure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.address import printable
+from ...ir.cut import sweep
+from ...ir.errors import BadFeeds, UsageError, nearest
+from ...ir.shapes import dims
+from ...ir.unify import Misfit, described
+from ..base import Array, Context, Feeds, Outputs, Pass, Runner, register
+from .algebra import Operators
+from .combine import gives_probabilities
+from .feeding import feed_alike
+from .plan import Plan, members, settle, tidy
+from .routing import Confidence, confidence, route
+from .samples import labelled
+
+_NEEDED = 13  # the first opset with ReduceSum, Squeeze and Softmax as they are used here
+_SURE = "cascade_confidence"
+_MAX_DROP = 0.003
+
+
+@register("cascade")
+class Cascade(Pass):
+    """Let the model answer, and a bigger one, ``with``, where the model is not sure.
+
+    Its confidence in each sample is the largest probability (``max-prob``), what the second largest is less
+    (``margin``), or the entropy in nats, negated (``entropy``), of the output ``scores``, else the first one, after a
+    softmax where that gives logits. What is less sure than ``threshold`` goes on. With ``route=sample`` only these rows
+    do, and none where all are sure; with ``route=batch`` all rows as soon as one is unsure. ``auto`` is ``sample``
+    where the batch of both models is symbolic.
+
+    Without ``threshold`` it is the least one that keeps the accuracy of the big model but for ``max-drop`` (0.003): as
+    counted on the data and labels, and as a curve fitted to them expects of others.
+
+    The big model's inputs read those of the small one by name, else by place, else as ``map`` says:
+    ``'image=big/data'``. Where data are given the ledger says how many samples stop early, and what a run takes.
+    """
+
+    with_: tuple[str, ...] = ()
+    confidence: Confidence = "max-prob"
+    route: Literal["auto", "sample", "batch"] = "auto"
+    threshold: float | None = None
+    max_drop: float | None = None
+    scores: str | None = None
+    map: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UsageError(f"cascade: threshold={self.threshold} must be a finite number.")
+        if self.max_drop is not None and not 0 < self.max_drop < 1:
+            raise UsageError(f"cascade: max-drop={self.max_drop} is a share of the samples: more than 0, less than 1.")
+        if self.threshold is not None and self.max_drop is not None:
+            raise UsageError("cascade: max-drop is for fitting the threshold, and a threshold is given; leave one out.")
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        pair = self._pair(model, ctx)
+        threshold = self._threshold(pair, ctx)
+        small = model.clone()
+        joined = Plan(pair.plan.members).join()
+        tidy(joined, ctx)
+        algebra = Operators(joined)
+        first, second = joined.members
+        sure = confidence(algebra, first.outputs[pair.scores], self.confidence, logits=pair.logits)
+        feeds = {name: first.inputs[source.value] for name, source in pair.plan.wires[1].items()}
+        pairs = [(first.outputs[one], second.outputs[two]) for one, two in pair.outputs]
+        found = route(algebra, sure, threshold, second, feeds, pairs, by_sample=pair.by_sample)
+        joined.show([(name, value) for (name, _), value in zip(pair.outputs, found, strict=True)])
+        what = "rows less sure" if pair.by_sample else "batches with a row less sure"
+        pair.plan.said.append((pair.scores, f"{what} than {threshold:g} by {self.confidence} go on to {pair.big}"))
+        if pair.logits:
+            pair.plan.said.append((pair.scores, "softmax added for the confidence, for the output is taken for logits"))
+        settle(model, pair.plan, joined, ctx)
+        if ctx.has("data"):
+            self._tell(pair, small, model, threshold, ctx)
+
+    def reference(self, before: ir.Model, ctx: Context) -> Callable[[Feeds], Iterator[Outputs]]:
+        """The small model run alone with its confidence, the big one alone on the rows that are less sure."""
+        pair = self._pair(before, ctx)
+        threshold = self._threshold(pair, ctx)
+
+        def walk(feeds: Feeds) -> Iterator[Outputs]:
+            small, big = _stepwise(ctx.runner, pair.judge), _stepwise(ctx.runner, pair.plan.members[1].model)
+            for feed in feeds:
+                found = dict(small({name: feed[name] for name in pair.inputs if name in feed}))
+                sure = found.pop(_SURE)
+                answers = {one: np.array(found[one]) for one, _ in pair.outputs}
+                unsure = ~(sure >= sure.dtype.type(threshold))
+                if unsure.any():
+                    rows = unsure if pair.by_sample else np.full(len(unsure), True)
+                    given = pair.big_feed(feed)
+                    better = big({name: array[rows] for name, array in given.items()} if pair.by_sample else given)
+                    for one, two in pair.outputs:
+                        answers[one][rows] = better[two]
+                yield answers
+
+        return walk
+
+    # What and where ---------------------------------------------------------------------------------------------------
+
+    def _pair(self, model: ir.Model, ctx: Context) -> Pair:
+        if len(self.with_) > 1:
+            raise UsageError(f"cascade: one model stands behind the first, and {len(self.with_)} are named in with.")
+        plan, _ = feed_alike(members(model, self.with_, ctx, self.name), self.map, (), self.name)
+        small, big = (member.model.graph for member in plan.members)
+        pair = Pair(plan, [], "", False, True, model)
+        theirs = {value.name or "": value for value in big.outputs}
+        for place, value in enumerate(small.outputs):
+            name = value.name or ""
+            if name not in theirs and place >= len(big.outputs):
+                raise UsageError(f"cascade: {pair.big} has no output for '{printable(name)}' of the small model.")
+            other = theirs.get(name) or big.outputs[place]
+            try:
+                plan.symbols.unify((0, value), (1, other))
+            except Misfit as reason:
+                raise UsageError(
+                    f"cascade: the output '{printable(name)}' of {plan.members[0]} is {described(value)}, and "
+                    f"'{printable(other.name or '')}' of {pair.big} is {described(other)}: {reason}."
+                ) from None
+            pair.outputs.append((name, other.name or ""))
+        known = [name for name, _ in pair.outputs]
+        pair.scores = known[0] if self.scores is None else self.scores
+        if pair.scores not in known:
+            raise UsageError(
+                f"cascade: {plan.members[0]} has no output '{printable(pair.scores)}'."
+                f"{printable(nearest(pair.scores, known))} Its outputs are {', '.join(map(printable, known))}."
+            )
+        scores = small.outputs[known.index(pair.scores)]
+        shape = dims(scores)
+        floats = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
+        if shape is None or len(shape) != 2 or scores.dtype not in floats or not isinstance(shape[1], int):
+            raise UsageError(
+                f"cascade: confidence is told by scores [samples, classes] of known classes, and the output "
+                f"'{printable(pair.scores)}' of {plan.members[0]} is {described(scores)}; name another with scores."
+            )
+        if shape[1] < 2:
+            raise UsageError(f"cascade: '{printable(pair.scores)}' has {shape[1]} class; there must be two or more.")
+        opset = max(member.model.opset_imports.get("", 0) for member in plan.members)
+        if opset < _NEEDED:
+            raise UsageError(
+                f"cascade: it needs opset {_NEEDED} or newer, and both models are older; run "
+                f"raise-opset{{to={_NEEDED}}} on the first one before."
+            )
+        pair.classes, pair.logits = shape[1], not gives_probabilities(scores)
+        pair.by_sample = self._by_sample(pair)
+        pair.judge = self._judge(pair)
+        return pair
+
+    def _by_sample(self, pair: Pair) -> bool:
+        fixed = [
+            f"'{printable(value.name or '')}' of {member} is {described(value)}"
+            for member in pair.plan.members
+            for value in (*member.model.graph.inputs, *member.model.graph.outputs)
+            if value.const_value is None and ((shape := dims(value)) is None or not shape or isinstance(shape[0], int))
+        ]
+        if fixed and self.route == "sample":
+            raise UsageError(
+                f"cascade: route=sample needs a symbolic batch, first of all dimensions, and {fixed[0]}; take "
+                "route=batch."
+            )
+        return self.route != "batch" and not fixed
+
+    def _judge(self, pair: Pair) -> ir.Model:
+        """The small model with its confidence for one more output."""
+        joined = Plan(pair.plan.members).join()  # both, so that the opset is that of the cascade
+        place = joined.members[0]
+        sure = confidence(Operators(joined), place.outputs[pair.scores], self.confidence, logits=pair.logits)
+        joined.show([*((one, place.outputs[one]) for one, _ in pair.outputs), (_SURE, sure)])
+        sweep(joined.model)
+        inputs = joined.model.graph.inputs
+        for value in [one for one in inputs if one.name not in pair.inputs and not one.uses()]:
+            inputs.remove(value)
+        return joined.model
+
+    # The threshold ----------------------------------------------------------------------------------------------------
+
+    def _threshold(self, pair: Pair, ctx: Context) -> float:
+        if self.threshold is not None:
+            return self.threshold
+        small, big, sure = pair.seen(ctx)
+        other = dict(pair.outputs)[pair.scores]
+        (mine, theirs, confidences), labels = labelled(
+            ([one[pair.scores], two[other], three[:, None]] for one, two, three in zip(small, big, sure, strict=True)),
+            ctx,
+            pair.classes,
+            self.name,
+        )
+        if not np.isfinite(confidences).all():
+            raise BadFeeds("cascade: on these data the confidence is not a finite number; no threshold fits.")
+        right = mine.argmax(1) == labels, theirs.argmax(1) == labels
+        allowed = self.max_drop or _MAX_DROP
+        found = least_threshold(confidences[:, 0].astype(np.float64), *right, allowed)
+        if found > confidences.max():
+            ctx.warn(
+                f"On these {len(labels):,} samples no threshold is known to lose at most {allowed:g}, "
+                "so that all of them go on; give more samples, or allow more with max-drop."
+            )
+        return found
+
+    def _tell(self, pair: Pair, small: ir.Model, model: ir.Model, threshold: float, ctx: Context) -> None:
+        outputs = ctx.runner.run(pair.judge, ctx.data, [_SURE], level="all")
+        sure = [found[_SURE] >= threshold for found in outputs]
+        kept = [one if pair.by_sample else np.full(len(one), one.all()) for one in sure]
+        stop = float(np.concatenate(kept).mean())
+        runs = list(ctx.data)[:8]
+        own, merged = ctx.runner.time([small, model], runs, 0.2)
+        (other,) = ctx.runner.time([pair.plan.members[1].model], list(map(pair.big_feed, runs)), 0.2)
+        numbers = {"small_ms": 1e3 * own, "big_ms": 1e3 * other, "mean_ms": 1e3 * merged}
+        sentence = f"{stop:.1%} of the samples stop early; a run takes {numbers['mean_ms']:.3g} ms"
+        sentence += f", the small model {numbers['small_ms']:.3g}, the big one {numbers['big_ms']:.3g}"
+        ctx.change("cascade", sentence, stop_early=stop, threshold=threshold, **numbers)
+        ctx.ledger.changes.insert(0, ctx.ledger.changes.pop())  # what a cascade is judged by comes first
+
+
+def least_threshold(sure: Array, small_right: Array, big_right: Array, max_drop: float) -> float:
+    """The least threshold under which the cascade's accuracy is that of the big model less ``max_drop``, or more.
+
+    ``sure`` float64, ``small_right`` and ``big_right`` bool, all [samples]. Samples on which the big model is right and
+    the small one wrong are few, so that what is counted on those at hand says little of others: what is expected has to
+    keep to ``max_drop`` too. It is the sum of the chances of such a sample, for which a logistic curve over confidence
+    is fitted (Platt, Probabilistic outputs for support vector machines, 1999). The threshold lies between two samples.
+    """
+    order = np.argsort(sure, kind="stable")
+    values = sure[order]
+    lost = big_right & ~small_right
+    # With the first k rows sent on the big model is right on those, the small one on the others.
+    sent = np.concatenate([[0], np.cumsum(big_right[order])])
+    stayed = np.concatenate([np.cumsum(small_right[order][::-1])[::-1], [0]])
+    expected = np.concatenate([np.cumsum(_chances(values, lost[order])[::-1])[::-1], [0]]) / len(sure)
+    enough = ((sent + stayed) / len(sure) >= big_right.mean() - max_drop - 1e-9) & (expected <= max_drop)
+    for count in np.flatnonzero(enough[:-1]):
+        if count == 0:
+            return float(np.float32(values[0] - max(abs(values[0]), 1e-3) * 1e-3))
+        middle = float(np.float32((values[count - 1] + values[count]) / 2))
+        if values[count - 1] < middle <= values[count]:
+            return middle
+    return float(np.float32(values[-1] + max(abs(values[-1]), 1e-3) * 1e-3))
+
+
+def _chances(values: Array, lost: Array) -> Array:
+    """The chance of a loss for each value, by Newton's method; Platt's targets keep it finite where none was lost."""
+    scaled = (values - values.mean()) / (values.std() or 1.0)
+    columns = np.stack([np.ones_like(scaled), scaled], axis=1)
+    count = int(lost.sum())
+    targets = np.where(lost, (count + 1) / (count + 2), 1 / (len(lost) - count + 2))
+    weights = np.array([math.log(targets.mean() / (1 - targets.mean())), 0.0])
+    for _ in range(100):
+        chances = 1 / (1 + np.exp(-np.clip(columns @ weights, -50, 50)))
+        curvature = (columns * (chances * (1 - chances))[:, None]).T @ columns + 1e-9 * np.eye(2)
+        weights -= np.clip(np.linalg.solve(curvature, columns.T @ (chances - targets)), -2, 2)
+    return np.asarray(1 / (1 + np.exp(-np.clip(columns @ weights, -50, 50))))
+
+
+@dataclass
+class Pair:
+    """The small model and the big one: which outputs are one, which tells the confidence, and how rows go on.
+
+    ``judge`` is the small model with its confidence for one more output.
+    """
+
+    plan: Plan
+    outputs: list[tuple[str, str]]
+    scores: str
+    logits: bool
+    by_sample: bool
+    judge: ir.Model
+    classes: int = 0
+
+    @property
+    def big(self) -> str:
+        return str(self.plan.members[1])
+
+    @property
+    def inputs(self) -> list[str]:
+        return [value.name or "" for value in self.plan.members[0].model.graph.inputs]
+
+    def big_feed(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """What the big model takes of a feed for the small one."""
+        wires = self.plan.wires[1]
+        return {name: feed[source.value] for name, source in wires.items() if source.value in feed}
+
+    def seen(self, ctx: Context) -> tuple[list[Outputs], list[Outputs], list[Array]]:
+        """What both say on the data, and how sure the small one is, for each run."""
+        small = list(ctx.runner.run(self.judge, ctx.data, level="all"))
+        big = list(ctx.runner.run(self.plan.members[1].model, map(self.big_feed, ctx.data), level="all"))
+        return small, big, [np.asarray(one[_SURE]) for one in small]
+
+
+def _stepwise(runner: Runner, model: ir.Model) -> Callable[[Mapping[str, Any]], Outputs]:
+    """A function that runs one feed, in one session for all calls."""
+    waiting: list[Mapping[str, Any]] = []
+
+    def feeds() -> Iterator[Mapping[str, Any]]:
+        while True:
+            yield waiting.pop()
+
+    found = runner.run(model, feeds())
+
+    def call(feed: Mapping[str, Any]) -> Outputs:
+        waiting.append(feed)
+        return next(found)
+
+    return call
