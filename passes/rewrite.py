@@ -21,6 +21,7 @@ from ..ir.match import Declined, Match, Rule, attribute, decline
 from ..ir.references import inherit, is_named, replace_all_uses
 from ..ir.scopes import Scope, scopes
 from ..ir.unused import discard, take_out
+from ..ir.versions import needed_ir_version
 from .base import Context
 
 __all__ = ["Tape", "rewrite"]
@@ -123,6 +124,9 @@ def rewrite(model: ir.Model, rules: Iterable[Rule], ctx: Context) -> int:
     return _Rewriter(model, list(rules), ctx).run()
 
 
+_INPUTS_ONLY = 3  # the IR version in which every initializer is an input too, which a new constant is not
+
+
 class _Rewriter:
     def __init__(self, model: ir.Model, rules: list[Rule], ctx: Context) -> None:
         self.model = model
@@ -161,6 +165,8 @@ class _Rewriter:
         for node, (address, reason) in self.declined.items():
             if node.graph is not None:
                 self.ctx.skip(address, reason)
+        if self.applied and self.model.ir_version == _INPUTS_ONLY:
+            self.model.ir_version = needed_ir_version(self.model)
         return self.applied.total()
 
     def visit(self, scope: Scope, node: ir.Node) -> None:

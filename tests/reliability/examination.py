@@ -46,6 +46,9 @@ TEXTS = {
 }
 """How passes are run that do not run with their default options, or for which there is more to try than these."""
 
+NEED_PARTNERS = "penjing.passes.merge."
+"""Modules of passes that take other models, or names of values; their own tests pair the corpus."""
+
 MAY_REFUSE = ("penjing.passes.convert.",)
 """Modules of passes that may refuse a model with a sentence, if they leave it as it was. Others may not."""
 
@@ -117,7 +120,8 @@ class Found:
 
 def exact_passes() -> list[tuple[str, Pass]]:
     """Every registered pass of penjing's own that is SAME or ROUNDING with the options it is run with, as text."""
-    names = [name for name, cls in all_passes().items() if cls.__module__.startswith(PACKAGE)]
+    own = {name: cls.__module__ for name, cls in all_passes().items() if cls.__module__.startswith(PACKAGE)}
+    names = [name for name, module in own.items() if not module.startswith(NEED_PARTNERS)]
     texts = [text for name in names for text in TEXTS.get(name, [name])]
     passes = [(text, pass_) for text in texts for pass_, _ in Pipeline.parse(text).steps()]
     return [(text, pass_) for text, pass_ in passes if pass_.effect() is not Effect.LOSSY]
