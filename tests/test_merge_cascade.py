@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from merging import merged, refused
 
 from penjing.cli import main
-from penjing.ir.errors import PenjingError
 from penjing.ir.files import load
 from penjing.models import zoo
 from penjing.passes.merge.cascade import least_threshold
-from penjing.runtime.report import Report
 from penjing.runtime.run import run
 from penjing.runtime.session import open_session, run_feed
 
@@ -25,19 +24,6 @@ Parse = Callable[[str], ir.Model]
 SMALL = "s (float[N,3] x) => (float[N,3] y) { y = Identity(x) }"
 BIG = "b (float[N,3] x) => (float[N,3] y) { h = Exp(x) y = Neg(h) }"
 X = np.array([[5, 0, 0], [1, 1, 0.9], [0, 4, 0], [0.3, 0.2, 0.1], [0, 0, 9]], np.float32)
-
-
-def merged(model: ir.Model, text: str, data: Any = None, labels: Any = None, **partners: ir.Model) -> Report:
-    report = run(model, text, models=partners, data=data, labels=labels)
-    assert report.check.not_run is None
-    assert all(segment["breaches"] == [] for segment in report.check.segments)
-    return report
-
-
-def refused(model: ir.Model, text: str, data: Any = None, labels: Any = None, **partners: ir.Model) -> str:
-    with pytest.raises(PenjingError) as error:
-        run(model, text, models=partners, data=data, labels=labels)
-    return str(error.value)
 
 
 def answers(model: ir.Model, x: Any = X) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from merging import merged, refused
 
 from penjing.cli import main
-from penjing.ir.errors import PenjingError
 from penjing.ir.files import load, save
 from penjing.models import zoo
 from penjing.passes.merge.fits import linear_layer, on_simplex
@@ -26,19 +26,6 @@ A = "a (float[N,2] x) => (float[N,3] y) <float[2,3] w = {1,-2,3,-1,2,0.5}> { y =
 B = A.replace("1,-2,3", "0.3,1,-1")
 C = A.replace("1,-2,3", "-0.7,2,2")
 X = np.random.default_rng(0).normal(size=(7, 2)).astype(np.float32)
-
-
-def merged(model: ir.Model, text: str, data: Any = None, labels: Any = None, **partners: ir.Model) -> Report:
-    report = run(model, text, models=partners, data=data, labels=labels)
-    assert report.check.not_run is None
-    assert all(segment["breaches"] == [] for segment in report.check.segments)
-    return report
-
-
-def refused(model: ir.Model, text: str, data: Any = None, labels: Any = None, **partners: ir.Model) -> str:
-    with pytest.raises(PenjingError) as error:
-        run(model, text, models=partners, data=data, labels=labels)
-    return str(error.value)
 
 
 def said(report: Report) -> list[str]:

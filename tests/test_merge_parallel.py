@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from merging import ends, merged, refused
 
 from penjing.ir.errors import UsageError
 from penjing.ir.files import load, save
@@ -24,24 +24,6 @@ A = "a (float[N,4] x) => (float[N,3] y) <float[4,3] w = {1,2,3,4,5,6,7,8,9,10,11
 BODY = """m (float[N,3] x, bool c) => (float[N,3] y) <float[3] w = {1,2,3}> { h = Relu(x)
  y = If (c) <then_branch = t () => (float[N,3] a) { a = Add(h, w) },
              else_branch = e () => (float[N,3] b) <float[3] v = {4,5,6}> { b = Mul(h, v) }> }"""
-
-
-def merged(model: ir.Model, text: str, data: Any = None, **partners: ir.Model) -> Report:
-    report = run(model, text, models=partners, data=data)
-    assert report.check.not_run is None
-    assert all(segment["breaches"] == [] for segment in report.check.segments)
-    return report
-
-
-def refused(model: ir.Model, text: str, **partners: ir.Model) -> str:
-    with pytest.raises(UsageError) as error:
-        run(model, text, models=partners)
-    return str(error.value)
-
-
-def ends(model: ir.Model) -> tuple[list[str], list[str]]:
-    graph = model.graph
-    return [f"{v.name}{v.shape}" for v in graph.inputs], [f"{v.name}{v.shape}" for v in graph.outputs]
 
 
 def said(report: Report) -> list[str]:

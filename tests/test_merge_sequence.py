@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from merging import ends, merged, refused
 
-from penjing.ir.errors import NeedsData, PenjingError, UsageError
+from penjing.ir.errors import NeedsData, PenjingError
 from penjing.ir.files import load, save
 from penjing.ir.verify import problems
 from penjing.passes.base import Context
@@ -24,25 +25,6 @@ Parse = Callable[[str], ir.Model]
 
 A = "a (float[N,4] x) => (float[N,3] y) <float[4,3] w = {1,2,3,4,5,6,7,8,9,10,11,12}> { h = MatMul(x,w) y = Tanh(h) }"
 B = "b (float[batch,3] x) => (float[batch,2] y) <float[3,2] w = {1,2,3,4,5,6}> { h = MatMul(x,w) y = Tanh(h) }"
-
-
-def merged(model: ir.Model, text: str, data: Any = None, **partners: ir.Model) -> Report:
-    """The run, whose check has proven the result; ``model`` is it."""
-    report = run(model, text, models=partners, data=data)
-    assert report.check.not_run is None
-    assert report.check.segments[0]["breaches"] == []
-    return report
-
-
-def refused(model: ir.Model, text: str, **partners: ir.Model) -> str:
-    with pytest.raises(UsageError) as error:
-        run(model, text, models=partners)
-    return str(error.value)
-
-
-def ends(model: ir.Model) -> tuple[list[str], list[str]]:
-    graph = model.graph
-    return [f"{v.name}{v.shape}" for v in graph.inputs], [f"{v.name}{v.shape}" for v in graph.outputs]
 
 
 def changes(report: Report) -> list[str]:

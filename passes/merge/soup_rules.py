@@ -87,15 +87,19 @@ class Mix:
     def __call__(self, rows: Array, start: int) -> Array: ...
 
 
-@dataclass
-class Linear(Rule, Mix):
-    """The sum of the members, each times its weight."""
-
-    weights: Sequence[float]
+class Everywhere(Rule, Mix):
+    """A rule that is the same function in all places."""
 
     def at(self, place: Place, number: int) -> Mix:
         del place, number
         return self
+
+
+@dataclass
+class Linear(Everywhere):
+    """The sum of the members, each times its weight."""
+
+    weights: Sequence[float]
 
     def __call__(self, rows: Array, start: int) -> Array:
         del start
@@ -127,14 +131,10 @@ class Slerp(Rule):
 
 
 @dataclass
-class TaskArithmetic(Rule, Mix):
+class TaskArithmetic(Everywhere):
     """The base and the sum of what each member changed in it, times its weight (Ilharco et al. 2022)."""
 
     weights: Sequence[float]
-
-    def at(self, place: Place, number: int) -> Mix:
-        del place, number
-        return self
 
     def __call__(self, rows: Array, start: int) -> Array:
         del start
@@ -181,7 +181,7 @@ class _Dropped(Mix):
 
 
 @dataclass
-class Ties(Rule, Mix):
+class Ties(Everywhere):
     """Trim, elect sign and merge (Yadav et al. 2023): of each member's changes the largest, of those the ones with the
     sign that has more weight in sum, and of those the mean, times ``scale``.
 
@@ -190,10 +190,6 @@ class Ties(Rule, Mix):
 
     scale: float
     least: Array
-
-    def at(self, place: Place, number: int) -> Mix:
-        del place, number
-        return self
 
     def __call__(self, rows: Array, start: int) -> Array:
         del start

@@ -25,7 +25,7 @@ from .plan import Plan, forget_shapes, known_shapes, prepare
 from .treatments import Choice, Treated, layers, predicted, treat
 
 TRIED = 16  # feeds on which it is measured where noise comes from
-_CLIPS = 1.25
+_CLIPS = 1.25  # so many times nearer has to be what a calibrator makes that clips
 
 
 @dataclass(frozen=True)
