@@ -148,7 +148,6 @@ class _Search:
         self.judge = Judge(_copy(model), _without_metric(ctx)) if self.by_outputs else None
         self.score, self.lost = 0.0, 0.0
         if self.by_metric:
-            # Where no pass has changed the model, its metric is known.
             self.score = ctx.runner.score(model)
             self.lost = max(0.0, (self.score if ctx.metric_before is None else ctx.metric_before) - self.score)
         self.probes = 0
