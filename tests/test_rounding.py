@@ -13,12 +13,14 @@ from penjing.ir.text import text
 from penjing.ir.verify import verify
 from penjing.ir.weights import weights
 from penjing.models import zoo
+from penjing.passes import gptq as carrying
 from penjing.passes.base import Context
+from penjing.passes.gptq import Moments
+from penjing.passes.gram import Gram, Window
 from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize import rounding
-from penjing.passes.quantize.gram import Gram, Window
 from penjing.passes.quantize.original import remember
-from penjing.passes.quantize.rounding import RoundAdaptively, gptq, output_error
+from penjing.passes.quantize.rounding import RoundAdaptively
 from penjing.passes.selection import Selection
 from penjing.runtime.session import OrtRunner
 
@@ -42,6 +44,16 @@ def grid(weight: Array, bits: int) -> Affine:
     """A symmetric scale for each row."""
     extent, highest = np.abs(weight).max(axis=1, keepdims=True), 2 ** (bits - 1) - 1
     return affine(-extent, extent, Grid(ir.DataType.INT8, -highest, highest), symmetric=True)
+
+
+def gptq(weight: Array, gram: Array, made: Affine, count: int = 0) -> Array:
+    """The integers [N, K] of a layer of one group."""
+    return rounding.gptq(weight[None], Moments(gram[None], count), made)[0]
+
+
+def output_error(weight: Array, integers: Array, gram: Array, made: Affine) -> Array:
+    """The energy of the output error of each channel [N] of a layer of one group."""
+    return rounding.output_error(weight[None], integers, Moments(gram[None]), made)[0]
 
 
 def errors(weight: Array, inputs: Array, made: Affine, *found: Array) -> list[Array]:
@@ -117,7 +129,7 @@ def test_blocks_of_columns_are_one_computation(monkeypatch: pytest.MonkeyPatch) 
     weight, inputs = random(9, 70), correlated(300, 70, 1).T
     made, found = grid(weight, 4), []
     for block in (1, 16, 128):
-        monkeypatch.setattr(rounding, "_BLOCK", block)
+        monkeypatch.setattr(carrying, "_BLOCK", block)
         found.append(gptq(weight, inputs @ inputs.T, made))
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])

@@ -12,76 +12,39 @@ import onnx_ir as ir
 from ...ir.address import addresses
 from ...ir.affine import Affine, Grid
 from ...ir.errors import UsageError
-from ...ir.match import attribute
 from ...ir.trace import Use
 from ...ir.weights import Weight
 from ..base import Array, Context, Effect, Pass, register
+from ..gptq import Moments, Rows
+from ..gram import Gram, GramStatistic
 from ..selection import NOTHING, Selection, left_out
-from .gram import Gram, GramStatistic, Window
 from .original import Layer, answers, original, quantized_layers
 
-_BLOCK = 128  # columns between which errors are carried at once
 _MEMORY = 256 << 20  # bytes of moments that are collected in one sweep over the data
 _DECIBELS = 200.0  # what an exact result counts as
 
 
-def gptq(weight: Array, gram: Array, affine: Affine, *, damping: float = 0.01, count: int = 0) -> Array:
-    """``weight`` [N, K] in the integers [N, K] of ``affine`` that nearly minimize tr(E G Eᵀ), E the weight's error.
+def gptq(weight: Array, moments: Moments, affine: Affine) -> Array:
+    """``weight`` [G, N, K] in the integers of ``affine`` that nearly minimize tr(E M Eᵀ) in each group, E the weight's
+    error and M the ``moments`` of the layer's inputs.
 
-    ``gram`` [K, K] is the sum or mean of x xᵀ over the layer's inputs x; scale and zero point broadcast over [N, K].
-    Inputs are rounded in turn, those with the largest moments first, and each error is carried to those that are left
-    (GPTQ: Frantar et al. 2022, arXiv 2210.17323; written as Babai's nearest plane on a Cholesky factor, which is the
-    same without an inverse). ``damping``, a share of the mean moment, is added to the diagonal; of few inputs
-    (``count``, where known) as much more as the estimate of Chen et al. 2010 (arXiv 0907.4698, OAS) asks. An output
-    channel whose error would be larger keeps the nearest integers. Raises ``ValueError`` for a ``gram`` that is not
-    finite.
+    Scale and zero point broadcast over [G, N, K]. An output channel whose error would be larger keeps the nearest
+    integers.
     """
-    if not np.isfinite(gram).all():
-        raise ValueError("moments that are not finite say nothing about rounding")
-    nearest, width = affine.quantized(weight), len(gram)
-    moments = np.diagonal(gram).astype(np.float64)
-    if not (moments > 0).any():
-        return nearest
-    ridge = max(damping, _shrinkage(gram, count)) * moments.mean()
-    order = np.argsort(moments, kind="stable")
-    factor = np.linalg.cholesky(gram[np.ix_(order, order)] + ridge * np.eye(width))
-    scale, zero_point = (np.broadcast_to(part, weight.shape)[:, order] for part in (affine.scale, affine.zero_point))
-    target, rounded, error = weight[:, order].astype(np.float64), nearest[:, order], np.zeros(weight.shape)
-    for stop in range(width, 0, -_BLOCK):
-        start = max(0, stop - _BLOCK)
-        carried = error[:, stop:] @ factor[stop:, start:stop]
-        for place in range(stop - 1, start - 1, -1):
-            inner = error[:, place + 1 : stop] @ factor[place + 1 : stop, place]
-            wanted = target[:, place] + (carried[:, place - start] + inner) / factor[place, place]
-            column = Affine(scale[:, place], zero_point[:, place], affine.grid)
-            rounded[:, place] = column.quantized(wanted)
-            error[:, place] = target[:, place] - column.dequantized(rounded[:, place])
-    found = np.empty_like(nearest)
-    found[:, order] = rounded
-    worse = output_error(weight, found, gram, affine) >= output_error(weight, nearest, gram, affine)
-    found[worse] = nearest[worse]
-    return found
+    nearest = affine.quantized(weight)
+    scale, zero_point = (np.broadcast_to(part, weight.shape) for part in (affine.scale, affine.zero_point))
+
+    def take(inputs: Array, wanted: Array) -> Array:
+        own = [np.take_along_axis(part, inputs[:, None, None], axis=2)[..., 0] for part in (scale, zero_point)]
+        column = Affine(own[0], own[1], affine.grid)
+        return column.dequantized(column.quantized(wanted))
+
+    return affine.quantized(moments.carried(weight, affine.dequantized(nearest), take))
 
 
-def output_error(weight: Array, integers: Array, gram: Array, affine: Affine) -> Array:
-    """e G eᵀ for each output channel [N], float64: the energy of the error that ``integers`` make in its output."""
-    return energy(weight.astype(np.float64) - affine.dequantized(integers), gram)
-
-
-def energy(rows: Array, gram: Array) -> Array:
-    """r G rᵀ for each row r of [N, K], float64 [N]."""
-    return np.asarray(np.maximum(np.einsum("nk,nk->n", rows @ gram, rows), 0))
-
-
-def _shrinkage(gram: Array, count: int) -> float:
-    """How much of the mean moment belongs on the diagonal where ``gram`` was estimated from ``count`` vectors."""
-    if count <= 0:
-        return 0.0
-    width, trace = len(gram), float(np.trace(gram))
-    square = float(np.square(gram).sum())
-    spread = (count + 1 - 2 / width) * (square - trace**2 / width)
-    share = 1.0 if spread <= 0 else min(1.0, ((1 - 2 / width) * square + trace**2) / spread)
-    return share / max(1 - share, 1e-3)
+def output_error(weight: Array, integers: Array, moments: Moments, affine: Affine) -> Array:
+    """e M eᵀ for each output channel, float64 [G, N]: the energy of the error that ``integers`` make in its output."""
+    return moments.energy(weight.astype(np.float64) - affine.dequantized(integers))
 
 
 @register("round-adaptively")
@@ -90,10 +53,10 @@ class RoundAdaptively(Pass):
 
     For Conv, Gemm and MatMul with integer weights, after a pass that quantized them (or with the float model given as
     ``--with original=MODEL``). Scales and zero points stay; each integer may move by a step or more, within the range
-    that the weight's integers span, so that errors of inputs that occur together cancel (GPTQ, see ``gptq``). The fewer
-    the bits, the more it gains. The inputs of the float model on the sample data count: of each sample at most
-    ``positions`` places. Layers that contract more than ``limit`` inputs are left alone, for their moments take 8 bytes
-    times the square of that.
+    that the weight's integers span, so that errors of inputs that occur together cancel (GPTQ: Frantar et al. 2022,
+    arXiv 2210.17323). The fewer the bits, the more it gains. The inputs of the float model on the sample data count: of
+    each sample at most ``positions`` places. Layers that contract more than ``limit`` inputs are left alone, for their
+    moments take 8 bytes times the square of that.
     """
 
     damping: float = 0.01
@@ -139,7 +102,9 @@ class RoundAdaptively(Pass):
             data = layer.twin_use.node.inputs[layer.data]
             assert data is not None
             task = tasks.setdefault(layer.weight, _Task(layer))
-            task.points.append(_point(layer, places[data], self.positions))
+            task.points.append(
+                Gram.of(places[data], layer.twin_use.node, layer.data, layer.weight.shape[2:], self.positions)
+            )
         return list(tasks.values())
 
     def _round(self, task: _Task, statistics: Sequence[GramStatistic], ctx: Context) -> None:
@@ -148,25 +113,23 @@ class RoundAdaptively(Pass):
             ctx.skip(weight, "no sample reaches its layer")
             return
         stored, floats = weight.array(), task.floats()
-        old = task.rows(stored)
+        old = task.rows.of(stored)
         if not _same(task, old, floats):
             ctx.skip(weight, "it is not what the float model's weight was rounded to")
             return
         grams = np.sum([found.total for found in statistics if found.total is not None], axis=0)
         count = sum(found.count for found in statistics)
-        new, signal, before, after = np.empty_like(old), 0.0, 0.0, 0.0
-        for group, gram in enumerate(grams):
-            affine = task.affine(group)
-            new[group] = gptq(floats[group], gram, affine, damping=self.damping, count=count)
-            errors = [output_error(floats[group], integers[group], gram, affine) for integers in (old, new)]
-            new[group] = np.where((errors[1] < errors[0])[:, None], new[group], old[group])
-            signal += float(energy(floats[group].astype(np.float64), gram).sum())
-            before, after = before + float(errors[0].sum()), after + float(np.minimum(*errors).sum())
+        moments, affine = Moments(grams, count, self.damping), task.affine()
+        new = gptq(floats, moments, affine)
+        errors = [output_error(floats, integers, moments, affine) for integers in (old, new)]
+        new = np.where((errors[1] < errors[0])[..., None], new, old)
+        signal = float(moments.energy(floats.astype(np.float64)).sum())
+        before, after = float(errors[0].sum()), float(np.minimum(*errors).sum())
         moved = int(np.count_nonzero(new != old))
         if not moved:
             ctx.skip(weight, "the integers it has are the best found")
             return
-        weight.replace(ir.Tensor(task.stored(new), dtype=weight.dtype, name=weight.tensor.name))
+        weight.replace(ir.Tensor(task.rows.back(new), dtype=weight.dtype, name=weight.tensor.name))
         ctx.change(
             weight,
             "rounded for the inputs of its layer",
@@ -183,23 +146,17 @@ class _Task:
     layer: Layer
     points: list[Gram] = field(default_factory=list)
 
-    def rows(self, stored: Array) -> Array:
-        """A quantized weight's array, or one that broadcasts over it, as [groups, N / groups, K]."""
-        return self._rows(np.broadcast_to(stored, self.layer.weight.shape), self.layer.use.output_axis)
+    @property
+    def rows(self) -> Rows:
+        """Of the quantized weight, or what broadcasts over it."""
+        return self._rows(self.layer.weight, self.layer.use)
 
     def floats(self) -> Array:
         """The float weight as [groups, N / groups, K]."""
-        return self._rows(self.layer.twin.array(), self.layer.twin_use.output_axis).astype(np.float32)
+        return self._rows(self.layer.twin, self.layer.twin_use).of(self.layer.twin.array()).astype(np.float32)
 
-    def stored(self, rows: Array) -> Array:
-        """What ``rows`` made of the stored array, back in its shape."""
-        shape = self.layer.weight.shape
-        if self.layer.use.output_axis == 0:
-            return np.ascontiguousarray(rows.reshape(shape))
-        return np.ascontiguousarray(rows[0].T)
-
-    def affine(self, group: int) -> Affine:
-        """Scale and zero point [N / groups, K], with the integers that the weight spans now."""
+    def affine(self) -> Affine:
+        """Scale and zero point [groups, N / groups, K], with the integers that the weight spans now."""
         quantization, weight = self.layer.use.quantization, self.layer.weight
         assert quantization is not None
         parts = []
@@ -207,15 +164,14 @@ class _Task:
             if quantization.block and quantization.axis is not None and values.shape[quantization.axis] > 1:
                 repeated = np.repeat(values, quantization.block, axis=quantization.axis)
                 values = repeated[tuple(slice(size) for size in weight.shape)]
-            parts.append(self.rows(values)[group])
+            parts.append(self.rows.of(values))
         integers = weight.array()
         grid = Grid(weight.dtype, int(integers.min()), int(integers.max()))
         return Affine(parts[0].astype(np.float32), parts[1], grid)
 
-    def _rows(self, array: Array, output_axis: int | None) -> Array:
-        if output_axis == 0:
-            return array.reshape(self.groups, array.shape[0] // self.groups, -1)
-        return array.T[None]
+    def _rows(self, weight: Weight, use: Use) -> Rows:
+        assert use.output_axis is not None
+        return Rows(weight.shape, use.output_axis, self.groups)
 
     @property
     def groups(self) -> int:
@@ -249,15 +205,6 @@ def _axes(use: Use) -> tuple[int, int] | None:
     return None if use.output_axis is None or use.input_axis is None else (use.output_axis, use.input_axis)
 
 
-def _point(layer: Layer, place: str, positions: int) -> Gram:
-    node = layer.use.node
-    if node.op_type == "Conv":
-        return Gram(place, window=Window.of(node, layer.weight.shape[2:]), positions=positions)
-    axis = -1 if layer.data == 0 else -2
-    turned = node.op_type == "Gemm" and attribute(node, "transA" if axis == -1 else "transB", 0)
-    return Gram(place, axis=-3 - axis if turned else axis, positions=positions)
-
-
 def _chunks(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
     """The tasks in order, as many at a time as ``_MEMORY`` bytes of moments allow, at least one."""
     chunk: list[_Task] = []
@@ -277,10 +224,8 @@ def _chunks(tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
 
 def _same(task: _Task, integers: Array, floats: Array) -> bool:
     """Whether most of ``integers`` are within two steps of ``floats``."""
-    close = 0
-    for group, rows in enumerate(integers):
-        affine = task.affine(group)
-        close += int(np.count_nonzero(np.abs(affine.dequantized(rows) - floats[group]) <= 2 * affine.scale))
+    affine = task.affine()
+    close = int(np.count_nonzero(np.abs(affine.dequantized(integers) - floats) <= 2 * affine.scale))
     return close * 2 >= integers.size
 
 

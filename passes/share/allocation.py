@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +17,8 @@ from ..feeds import Some
 from ..judge import Fidelity, Judge
 from ..meter import Meter
 from .clustering import Codebook, NotFinite
-from .energy import energies
-from .parts import Outcome, Source, codebooks, shared, tell, together
+from .measured import weighed_by_outputs
+from .parts import Outcome, Source, codebooks, outcomes, shared, tell, together
 
 COUNTS = (256, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)  # of values: those whose numbers pack well
 DEFAULT = 20.0  # dB, of each float output, where the run has no bounds
@@ -27,7 +27,6 @@ FLIPS = 0.01  # of the cases of a model without float outputs
 _PROBES = (128, 16, 4)  # values with which each weight is tried alone
 _MUCH = 0.003  # noise over signal in the outputs, from which fewer values are not tried: there will be no room for them
 _RUNS = 8  # of the data, on which weights are tried alone
-_SEEN = 32  # runs of the data that tell the energies of inputs
 _GROUPS = 64  # of neighbours that are tried, at most
 _START = 0.02  # noise over signal in the outputs that a metric is tried with first
 _LEAPS = (1 / 30, 8.0)  # by which the noise is changed at most from one trial to the next
@@ -36,8 +35,8 @@ _ALIKE = 0.04  # of the bytes: the search ends where it could not save more
 _NODES = 8  # that decode a weight; so many bytes each, and the weight's name so often in each
 _NODE, _NAMES = 70, 4
 _IN_HAND = 0.8  # of the noise or error allowed that is used: the rest, 1 dB, is for other data
-_OF_DROP = 0.5  # of the loss of the metric that passes before have left
-_BACK = 0.5  # of the noise with which the metric still holds: what is chosen by trying on some cases is lucky with them
+_OF_DROP = 0.7  # of the loss of the metric that passes before have left
+_BACK = 0.7  # of the noise with which the metric still holds: what is chosen by trying on some cases is lucky with them
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +92,8 @@ def allocate(model: ir.Model, sources: Mapping[Weight, Source], provenance: str,
     how far to go: that is found by measuring the whole model some times. Where there are data, errors of elements are
     weighed by the energy of the inputs that they meet. Raises ``NeedsData``.
     """
-    if ctx.has("data") and all(source.energy is None for source in sources.values()):
-        known = energies(model, list(sources), ctx, Some(ctx.data, _SEEN))
-        sources = {
-            weight: source if isinstance(energy := known[weight], str) else replace(source, energy=energy)
-            for weight, source in sources.items()
-        }
+    if ctx.has("data"):
+        sources, _ = weighed_by_outputs(model, list(sources), ctx)
     items = [item for weight, source in sources.items() if (item := _item(weight, source, ctx)) is not None]
     if items:
         _Search(model, items, provenance, ctx).run()
@@ -117,8 +112,8 @@ def _item(weight: Weight, source: Source, ctx: Context) -> Item | None:
         counts.insert(0, values)  # nothing lost: for the search to start from
     decoder = _NODES * (_NODE + _NAMES * len((weight.value.name or "").encode()))
     least, options = weight.nbytes, list[Option]()
-    for book in codebooks(found, counts, weight.dtype):
-        outcome = Outcome.of([(found, book)])
+    books = codebooks(found, counts, weight.dtype)
+    for book, outcome in zip(books, outcomes(source, found, books), strict=True):
         most = _bytes(size, outcome.zeros, len(book.values)) + book.values.nbytes + decoder
         if most < least:
             options.append(Option(book, outcome, most))
@@ -264,8 +259,8 @@ class _Search:
             if option is None:
                 self.ctx.skip(item.weight, "the bounds leave no room for fewer values")
                 continue
-            tell(item.weight, option.outcome, self.ctx)
             item.weight.replace(shared(item.source, option.book, self.provenance))
+            tell(item.weight, item.source, option.outcome, self.ctx)
         if chosen:
             for line in self.trail:
                 self.ctx.change("search", line)

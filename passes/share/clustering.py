@@ -330,21 +330,28 @@ def _moved(line: _Line, cuts: Array, step: int, free: bool) -> Array:
 
 
 class Codebook:
-    """Shared values, and which of them each number takes: the nearest. ``values`` are ascending, of the stored type.
+    """Shared values, and which of them each number takes: the nearest.
+
+    ``values`` are ascending, of the stored type; ``wide`` are the same in float64.
 
     For more than ``BINS`` numbers a table of bins tells which is nearest, in a tenth of the time. Less than a bin's
     width from the middle between two values the other may be taken; 0 stays 0.
     """
 
     def __init__(self, values: Array, dtype: np.dtype[Any], size: int) -> None:
-        self._wide = np.unique(values.astype(dtype).astype(np.float64))
-        self.values = self._wide.astype(dtype)
-        self._middles = (self._wide[1:] + self._wide[:-1]) / 2
+        self.wide = np.unique(values.astype(dtype).astype(np.float64))
+        self.values = self.wide.astype(dtype)
+        self._middles = (self.wide[1:] + self.wide[:-1]) / 2
         self._table = self._tabled() if size > BINS else None
 
     def index(self, numbers: Array) -> Array:
         """The place in ``values`` of the nearest to each number."""
         return np.searchsorted(self._middles, numbers, side="left")
+
+    def nearest(self, numbers: Array) -> Array:
+        """The nearest value to each number, of whatever shape; float64."""
+        found: Array = self.wide[self.index(numbers)]
+        return found
 
     def figures(self, found: Points) -> tuple[float, Array]:
         """The sum of squared errors of ``found``, and how many of its numbers take each value (int64)."""
@@ -352,7 +359,7 @@ class Codebook:
         mass = np.bincount(index, found.mass, self.values.size)
         moment = np.bincount(index, found.mass * found.values, self.values.size)
         counts = np.bincount(index, found.count, self.values.size).astype(np.int64)
-        error = found.energy - 2 * float(np.dot(moment, self._wide)) + float(np.dot(mass, np.square(self._wide)))
+        error = found.energy - 2 * float(np.dot(moment, self.wide)) + float(np.dot(mass, np.square(self.wide)))
         if found.zeros:
             counts[int(self.index(np.zeros(1))[0])] += found.zeros
         return max(0.0, error), counts
@@ -369,7 +376,7 @@ class Codebook:
 
     def _tabled(self) -> tuple[Grid, Array, bool]:
         """Bins, the value that each takes, and whether zeros need a look of their own."""
-        grid = Grid.over(float(self._wide[0]), float(self._wide[-1]))
+        grid = Grid.over(float(self.wide[0]), float(self.wide[-1]))
         table = self.values[self.index(grid.centers())]
-        guarded = bool((self._wide == 0).any()) and bool(table[grid.index(np.zeros(1, np.float32))][0])
+        guarded = bool((self.wide == 0).any()) and bool(table[grid.index(np.zeros(1, np.float32))][0])
         return grid, table, guarded

@@ -14,14 +14,23 @@ from ...ir.storage import LARGE, Array, Read, StreamedTensor, entropy, reader
 from ...ir.weights import Weight
 from ..base import Context
 from .clustering import STEP, Clusters, Codebook, Part, Points, Sweep, in_steps, points
+from .outputs import Outputs
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a weight held, and the energies of the inputs that its elements meet; None where all weigh the same."""
+    """What a weight held, and the energies of the inputs that its elements meet; None where all weigh the same.
+
+    ``outputs``: what its layer computes, where the values are to be chosen for that.
+    """
 
     tensor: ir.TensorProtocol
     energy: Array | None = None
+    outputs: Outputs | None = None
+
+    @classmethod
+    def read_for(cls, tensor: ir.TensorProtocol, outputs: Outputs) -> Source:
+        return cls(tensor, outputs.energy, outputs)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +77,7 @@ class Outcome:
     noise: float
     entropy: float
     zeros: int
+    of_outputs: bool = False  # whether error and energy are those of the layer's outputs
 
     @property
     def sqnr(self) -> float:
@@ -87,6 +97,21 @@ class Outcome:
         # Below what float32 resolves there is only the rounding of sums.
         return cls(sum(len(book.values) for book, _, _ in figures), noise if noise > 1e-13 else 0.0, spread, zeros)
 
+    @classmethod
+    def in_outputs(cls, source: Source, made: Array) -> Outcome:
+        """That of ``made``, which took the place of ``source``, for the outputs of its layer."""
+        assert source.outputs is not None
+        counts = np.unique(made, return_counts=True)[1]
+        zeros = made.size - int(np.count_nonzero(made))
+        return cls(len(counts), source.outputs.noise(source.tensor.numpy(), made), entropy(counts), zeros, True)
+
+
+def outcomes(source: Source, found: Points, books: Sequence[Codebook]) -> list[Outcome]:
+    """What each of ``books`` does to a weight, whose numbers are ``found``."""
+    if source.outputs is None:
+        return [Outcome.of([(found, book)]) for book in books]
+    return [Outcome.in_outputs(source, made) for made in source.outputs.each(source.tensor.numpy(), books)]
+
 
 def codebook(found: Points, clusters: int, dtype: ir.DataType) -> Codebook:
     """The best values for ``found``, rounded to the stored type."""
@@ -101,6 +126,9 @@ def codebooks(found: Points, counts: Sequence[int], dtype: ir.DataType) -> list[
 
 def shared(source: Source, book: Codebook, provenance: str) -> ir.TensorProtocol:
     """The weight with each element replaced: held where it is small, else made a block at a time when it is read."""
+    if source.outputs is not None:
+        array = source.outputs.apply(source.tensor.numpy(), [book])
+        return ir.Tensor(array, dtype=source.tensor.dtype, name=source.tensor.name)
 
     def open() -> Read:
         read = reader(source.tensor)
@@ -119,6 +147,10 @@ def _is_lazy(tensor: ir.TensorProtocol) -> bool:
 
 def shared_by_group(source: Source, axis: int, group: int, books: Sequence[Codebook]) -> Callable[[], Array]:
     """A function that makes the weight with a codebook for each ``group`` of channels along ``axis``."""
+
+    if source.outputs is not None:
+        outputs = source.outputs
+        return lambda: outputs.apply(source.tensor.numpy(), books, group)
 
     def make() -> Array:
         stored = np.moveaxis(source.tensor.numpy(), axis, 0)
@@ -151,9 +183,11 @@ def together(sources: Sequence[Source]) -> Points:
     return points(sweep, sum(source.size for source in sources))
 
 
-def tell(weight: Weight, outcome: Outcome, ctx: Context, **more: int) -> None:
-    """Write down what became of ``weight``."""
+def tell(weight: Weight, source: Source, outcome: Outcome, ctx: Context, **more: int) -> None:
+    """Write down what became of ``weight``, which held ``source``; nearest values would be as ``outcome`` says."""
+    if source.outputs is not None:
+        outcome = Outcome.in_outputs(source, weight.array())
     figures: dict[str, float] = {"values": outcome.values, **more, "entropy_bits": round(outcome.entropy, 3)}
     if math.isfinite(outcome.sqnr):
-        figures["sqnr_db"] = round(outcome.sqnr, 2)
+        figures["output_sqnr_db" if outcome.of_outputs else "sqnr_db"] = round(outcome.sqnr, 2)
     ctx.change(weight, "takes shared values", **figures)

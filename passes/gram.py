@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from ..points import Array, Point, Unfit
+from .points import Array, Point, Unfit
 
 _PART = 1 << 23  # elements that are multiplied at a time
 
@@ -84,6 +84,16 @@ class Gram(Point):
     axis: int = -1
     window: Window | None = None
     positions: int = 256
+
+    @classmethod
+    def of(cls, place: str, node: ir.Node, data: int, kernel: Sequence[int], positions: int) -> Gram:
+        """What a Conv, whose weight has the spatial sizes ``kernel``, a Gemm or MatMul contracts of its input ``data``,
+        whose address is ``place``."""
+        if node.op_type == "Conv":
+            return cls(place, window=Window.of(node, kernel), positions=positions)
+        axis = -1 if data == 0 else -2
+        turned = node.op_type == "Gemm" and node.attributes.get_int("transA" if data == 0 else "transB", False)
+        return cls(place, axis=-3 - axis if turned else axis, positions=positions)
 
     def start(self) -> GramStatistic:
         return GramStatistic(self)
