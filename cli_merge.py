@@ -186,7 +186,7 @@ def soup(
 @click.option("--weights", metavar="W,...", help="One for each model, of sum one.")
 @click.option("--normalize", is_flag=True, help="Divide by the sum of the weights.")
 @click.option("--fit", help="Sample inputs that weights or the stack are fitted on.")
-@click.option("--labels", type=click.Path(), help="Their labels: int64 [samples] as .npy.")
+@click.option("--labels", type=click.Path(), help="Their labels as .npy: numbers of classes, or their names.")
 @click.option("--outputs", multiple=True, metavar="NAME,...", help="What is combined; all outputs otherwise.")
 @click.option(
     "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
@@ -198,7 +198,7 @@ def soup(
     help="Allow an adapter where an input does not fit.",
 )
 @click.option("--classes", multiple=True, metavar="MODEL=2 0 1", help="The order of a model's classes.")
-@click.option("--scores", type=click.Choice(["auto", "logits", "probabilities"]), help="What the outputs are.")
+@click.option("--scores", multiple=True, metavar="KIND", help="logits or probabilities; MODEL=KIND of one model.")
 @click.option("--solver", type=click.Choice(["least-squares", "logistic"]), help="What fits the stack.")
 @_options
 def ensemble(
@@ -228,7 +228,7 @@ def ensemble(
         remedy = " or the weights with --weights" if combine == "weighted" else ""
         raise UsageError(f"--combine {combine} is fitted to data; give them with --fit FEEDS --labels L{remedy}.")
     names = _names(models, "ensemble")
-    given = _given(scores=options.pop("scores"), solver=options.pop("solver"))
+    given = _given(solver=options.pop("solver"))
     pass_ = Ensemble(
         with_=tuple(names),
         combine=combine,  # type: ignore[arg-type]
@@ -238,6 +238,7 @@ def ensemble(
         map=tuple(mapped),
         adapt=tuple(adapt),  # type: ignore[arg-type]
         classes=tuple(options.pop("classes")),
+        scores=tuple(options.pop("scores")),
         **given,
     )
     check_data = {} if fit is None or data is None else {"check_data": data}
@@ -256,11 +257,17 @@ def ensemble(
 @click.option("--route", type=click.Choice(["sample", "batch"]), help="What goes on: unsure rows, or the whole batch.")
 @click.option("--threshold", type=float, help="What is less sure goes on.")
 @click.option("--fit", help="Sample inputs that the threshold is fitted on.")
-@click.option("--labels", type=click.Path(), help="Their labels: int64 [samples] as .npy.")
+@click.option("--labels", type=click.Path(), help="Their labels as .npy: numbers of classes, or their names.")
 @click.option("--max-drop", type=float, help="The accuracy that may be lost to the second model's, for --fit.")
-@click.option("--scores", metavar="NAME", help="The output whose confidence counts; the first otherwise.")
+@click.option("--scores", metavar="NAME", help="The output whose confidence counts; the first of floats otherwise.")
 @click.option(
     "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
+)
+@click.option(
+    "--adapt",
+    multiple=True,
+    type=click.Choice(["cast", "reshape", "transpose"]),
+    help="Allow an adapter where an input does not fit.",
 )
 @_options
 def cascade(
@@ -272,20 +279,21 @@ def cascade(
     labels: str | None,
     max_drop: float | None,
     mapped: Sequence[str],
+    adapt: Sequence[str],
     data: str | None,
     **options: Any,
 ) -> None:
     """Let the first of two MODELS answer, and the second where the first is not sure."""
     from .passes.merge.cascade import Cascade
 
+    names = _names(models, "cascade")
+    if len(models) > 2:
+        raise UsageError(f"penjing cascade takes two models, a small one and a big one; {len(models)} were given.")
     if threshold is not None and fit is not None:
         raise UsageError("A threshold is given or fitted; give --threshold or --fit, not both.")
     if threshold is None and (fit is None or labels is None):
         raise UsageError("Give --threshold T, or what to fit it on: --fit FEEDS --labels L --max-drop X.")
-    names = _names(models, "cascade")
-    if len(models) > 2:
-        raise UsageError(f"penjing cascade takes two models, a small one and a big one; {len(models)} were given.")
-    own = _given(**{name: options.pop(name) for name in ("confidence", "route", "scores")})
+    own = _given(adapt=tuple(adapt), **{name: options.pop(name) for name in ("confidence", "route", "scores")})
     pass_ = Cascade(with_=tuple(names), threshold=threshold, max_drop=max_drop, map=tuple(mapped), **own)
     check_data = {} if fit is None or data is None else {"check_data": data}
     _run(context, pass_, models, names, data=data if fit is None else fit, labels=labels, **check_data, **options)

@@ -17,11 +17,15 @@ from .scopes import scopes
 Named: TypeAlias = "Sequence[tuple[str, ir.Model]]"
 Notes: TypeAlias = "list[tuple[str, str]]"
 
-_ONNX = ("", "ai.onnx")
+_ADDED_TO = {  # ONNX-ML operators with a version that only added attributes to the one before it
+    ("ai.onnx.ml", "TreeEnsembleClassifier"): {3: 1},
+    ("ai.onnx.ml", "TreeEnsembleRegressor"): {3: 1},
+    ("ai.onnx.ml", "LabelEncoder"): {4: 2},
+}
 
 
-def align_versions(models: Named) -> Notes:
-    """Bring all models, in place, to the newest operator sets and IR version among them.
+def align_versions(models: Named, least: int = 0) -> Notes:
+    """Bring all models, in place, to the newest operator sets and IR version among them, and to opset ``least``.
 
     The ONNX domain is raised by exact conversions. Of other domains a version is raised where none of the operators
     that the model uses changed. Raises ``UsageError`` that names both models where that cannot be.
@@ -30,6 +34,8 @@ def align_versions(models: Named) -> Notes:
     versions = [max((scope.version for scope in scopes(model)), default=0) for _, model in models]
     newest = max(versions)
     holder = printable(models[versions.index(newest)][0])
+    if newest < least:
+        newest, holder = least, "what joins them"
     for name, model in models:
         lowest = min((scope.version for scope in scopes(model) if scope.version), default=newest)
         if lowest < newest:
@@ -88,7 +94,12 @@ def _same_operator(domain: str, op_type: str, one: int, two: int) -> bool:
         first, second = (onnx.defs.get_schema(op_type, version, domain) for version in (one, two))
     except (onnx.defs.SchemaError, TypeError):
         return False
-    return bool(first.since_version == second.since_version)
+    return _lineage(op_type, domain, first.since_version) == _lineage(op_type, domain, second.since_version)
+
+
+def _lineage(op_type: str, domain: str, version: int) -> int:
+    """The first version whose models mean the same in ``version``, which only added attributes."""
+    return _ADDED_TO.get((domain, op_type), {}).get(version, version)
 
 
 def align_functions(models: Named) -> Notes:

@@ -16,6 +16,7 @@ from .unused import take_out
 _RANDOM = frozenset(
     ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout")
 )
+_TOLD = 7  # the first opset whose Dropout does nothing unless it is told to train
 _KNOWN = ("", "ai.onnx.ml", "com.microsoft")  # domains whose other operators give the same for the same
 _MOST = 1 << 20  # bytes of a constant that are compared; larger ones are held once already where they are equal
 
@@ -37,10 +38,12 @@ def collapse(model: ir.Model, branches: Sequence[Sequence[ir.Node]]) -> dict[ir.
             if key is None:
                 continue
             where, first = seen.setdefault(key, (place, node))
-            if where < place and first.graph is node.graph:
+            if first is node or first.graph is not node.graph:
+                continue
+            for old, new in zip(node.outputs, first.outputs, strict=True):
+                numbering.equate(old, new)  # also of one branch, which keeps both
+            if where < place:
                 twins[node] = first
-                for old, new in zip(node.outputs, first.outputs, strict=True):
-                    numbering.equate(old, new)
     outputs = set(model.graph.outputs)
     return _drop(twins, [node for nodes in branches for node in nodes], numbering, outputs)
 
@@ -162,7 +165,12 @@ class _Numbering:
                 self._steady[key] = False  # of one that calls itself
                 self._steady[key] = all(map(self._is_steady, self.model.functions[key].all_nodes()))
             return self._steady[key]
-        return node.domain in _KNOWN and node.op_type not in _RANDOM
+        return node.domain in _KNOWN and (node.op_type not in _RANDOM or self._passes(node))
+
+    def _passes(self, node: ir.Node) -> bool:
+        """Whether it is a Dropout that does nothing, for it is not told that this is training."""
+        new = self.model.opset_imports.get("", 0) >= _TOLD
+        return node.op_type == "Dropout" and new and (len(node.inputs) < 3 or node.inputs[2] is None)
 
 
 def _content(tensor: ir.TensorProtocol) -> Hashable:

@@ -107,7 +107,8 @@ class Joined:
         if value.name == wanted:
             return
         if wanted in names:
-            holder = next((other for other in values(self.model.graph) if other.name == wanted), None)
+            graphs = [scope.graph for scope in scopes(self.model) if scope.function is None]
+            holder = next((other for graph in graphs for other in values(graph) if other.name == wanted), None)
             if holder is None or holder.is_graph_input() or holder.is_graph_output():
                 wanted = names.fresh(wanted)
                 names.rename(value, wanted)
@@ -122,17 +123,18 @@ class Joined:
         return copy
 
 
-def join(members: Sequence[Member], wires: Wires) -> Joined:
+def join(members: Sequence[Member], wires: Wires, opset: int = 0) -> Joined:
     """One model that computes what all ``members`` do, each after those before it.
 
-    Operator sets and IR versions are the newest among the members, functions of one name that differ are renamed,
-    metadata of one key that differ are called ``member/key``, values and nodes whose name an earlier member has
-    ``member/name``, dimensions likewise where nothing says that they are equal. Raises ``UsageError`` for versions that
-    cannot be aligned, and for a wire between values whose types or shapes do not fit, with a sentence naming both.
+    Operator sets and IR versions are the newest among the members, the ONNX domain's ``opset`` at least. Functions of
+    one name that differ are renamed, metadata of one key that differ are called ``member/key``, values and nodes whose
+    name an earlier member has ``member/name``, dimensions likewise where nothing says that they are equal. Raises
+    ``UsageError`` for versions that cannot be aligned, and for a wire between values whose types or shapes do not fit,
+    with a sentence naming both.
     """
     models = [member.model.clone() for member in members]
     named = [(member.name, model) for member, model in zip(members, models, strict=True)]
-    notes = align_versions(named) + align_functions(named)
+    notes = align_versions(named, opset) + align_functions(named)
     symbols = Symbols()
     for number, reads in enumerate(wires):
         for name, source in reads.items():

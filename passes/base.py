@@ -123,7 +123,7 @@ class Context:
     """What a pass may need of the world. Reading a field that was not given raises ``NeedsData``.
 
     ``models`` are partners and teachers by name; ``data`` and ``check_data`` sample inputs; ``labels`` int64
-    [samples]; ``metric`` a function of an ``InferenceSession``; ``runner`` runs models.
+    or text [samples]; ``metric`` a function of an ``InferenceSession``; ``runner`` runs models.
     """
 
     models: Mapping[str, ir.Model] = _given("models", "--with NAME=MODEL")

@@ -23,7 +23,7 @@ from .inputs import Feed, Input, batch_size, common_length, counted, fit, fit_al
 from .sizes import machine_bytes
 
 Path_ = str | os.PathLike[str]
-Labels = Array | Sequence[int] | Path_  # int64 [samples], or the path of such an .npy
+Labels = Array | Sequence[int] | Sequence[str] | Path_  # integers or text [samples], or the path of such an .npy
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Feeds:
     """Sample inputs for one model: each walk yields the same runs, one dict of arrays by input name for each.
 
     ``runs`` and ``samples`` are ``None`` where they are known only after a walk. ``left_out`` counts samples that fill
-    no batch. ``labels`` are int64 [samples].
+    no batch. ``labels`` are [samples], int64 or text.
     ``notes`` are sentences about samples that no run holds.
     """
 
@@ -84,16 +84,20 @@ def read_feeds(spec: Any, model: ir.Model, *, labels: Labels | None = None) -> F
 
 
 def read_labels(source: Labels) -> Array:
-    """Labels, int64 [samples], from an ``.npy`` file, an array or a list. Raises ``BadFeeds``."""
+    """Labels [samples], int64 or text, from an ``.npy`` file, an array or a list. Raises ``BadFeeds``."""
     if isinstance(source, str | os.PathLike):
         place, found = os.fspath(source), _load_numpy(Path(source))
     else:
         place, found = "The array of labels", np.asarray(source)
     if not isinstance(found, np.ndarray):
         raise BadFeeds(f"{place} holds several arrays; labels are one array in an .npy file.")
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise BadFeeds(f"{place} is {words(found)}; labels are integers, one for each sample: int64 [samples].")
-    return found.astype(np.int64)
+    if found.dtype == object and all(isinstance(one, str) for one in found.flat):
+        found = found.astype(np.str_)
+    if found.ndim != 1 or found.dtype.kind not in "iuU":
+        raise BadFeeds(f"{place} is {words(found)}; labels are integers, one for each sample, or text.")
+    if found.dtype.kind == "u" and found.max(initial=0) > np.iinfo(np.int64).max:
+        raise BadFeeds(f"{place} holds {found.max()}, which is past int64; labels are classes.")
+    return found if found.dtype.kind == "U" else found.astype(np.int64)
 
 
 def _read(spec: str, inputs: Sequence[Input]) -> Feeds:

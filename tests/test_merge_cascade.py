@@ -209,3 +209,31 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, text = penjing(*arguments)
         assert code, text
         assert words in text
+
+
+def test_the_big_model_takes_another_layout_under_another_name(parse: Parse) -> None:
+    """By rows: what goes on is picked before it is transposed and cast."""
+    small = "s (float[N,2,3] x) => (float[N,3] y) { a = Constant<value_ints=[1]>() y = ReduceMax<keepdims=0>(x, a) }"
+    small = small.replace("ReduceMax<keepdims=0>(x, a)", "ReduceSum<keepdims=0>(x, a)")
+    big = """b (double[M,3,2] data) => (float[M,3] out) {
+ a = Constant<value_ints=[2]>() h = ReduceSum<keepdims=0>(data, a) n = Neg(h) out = Cast<to=1>(n) }"""
+    x = np.stack([X, np.zeros_like(X)], axis=1)
+    model = parse(small)
+    assert "An adapter may stand between" in refused(model.clone(), "cascade{with=big threshold=0.6}", big=parse(big))
+    text = "cascade{with=big threshold=0.6 map='x=big/data' adapt=(cast, transpose)}"
+    report = merged(model, text, {"x": x}, big=parse(big))
+    unsure = np.array([[False], [True], [False], [True], [False]])
+    np.testing.assert_allclose(answers(model, x), np.where(unsure, -X, X), rtol=1e-6)
+    (choice,) = [node for node in model.graph if node.op_type == "If"]
+    assert "Transpose" not in [node.op_type for node in model.graph]
+    assert [node.op_type for node in choice.attributes["then_branch"].as_graph()].count("Transpose") == 2
+    told = [change.what for change in report.passes[0].ledger.changes if change.subject == "big/data"]
+    assert told == ["reads the input 'x' of model, cast from float32 to float64, transposed by [0, 2, 1]"]
+
+
+def test_old_opsets_are_raised_to_what_is_needed(parse: Parse) -> None:
+    del parse
+    source = '<ir_version: 7, opset_import: ["": 9]> '
+    small, big = (ir.from_onnx_text(source + text) for text in (SMALL, BIG))
+    merged(small, "cascade{with=big threshold=0.6}", {"x": X}, big=big)
+    assert small.opset_imports[""] == 13

@@ -163,9 +163,10 @@ def test_classifiers_with_maps_and_names_of_classes(parse: Parse) -> None:
     model = ir.from_onnx_text(CLASSIFIER)
     report = merged(model, "ensemble{with=b combine=soft-vote}", b=other)
     assert "b: its classes are taken in the order of model" in said(report)
-    assert [value.name for value in model.graph.outputs] == ["p"]
+    assert [value.name for value in model.graph.outputs] == ["label", "maps"]
+    assert "model/maps: the tensor before its ZipMap is taken" in said(report)
     wanted = (one + one[:, [1, 2, 0]]) / 2
-    np.testing.assert_allclose(run_feed(open_session(model), {"x": X})["p"], wanted, rtol=1e-4)
+    np.testing.assert_allclose(run_feed(open_session(model), {"x": X})["maps"], wanted, rtol=1e-4)
     model = parse(A)
     merged(model, "ensemble{with=b combine=soft-vote}", b=ir.from_onnx_text(CLASSIFIER))
     network = softmax(run_feed(open_session(parse(A)), {"x": X})["y"])
@@ -269,7 +270,7 @@ def test_solvers_of_the_stack() -> None:
 def test_bad_weights(parse: Parse) -> None:
     for options, words in {
         "weights=(0.5, 0.5)": "combine=mean takes none",
-        "combine=weighted weights=(0.5, 0.3, 0.2)": "2 models take as many weights, and 3 are given",
+        "combine=weighted weights=(0.5, 0.3, 0.2)": "2 models take as many weights; given: 3",
         "combine=weighted weights=(0.5, 0.6)": "the weights sum to 1.1, not to one",
         "combine=weighted weights=(1.5, -0.5)": "must be numbers of zero or more",
         "combine=weighted weights=(0, 0) normalize=true": "all zero",

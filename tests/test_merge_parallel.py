@@ -265,3 +265,38 @@ def test_external_data(parse: Parse, tmp_path: Path) -> None:
         )
         == 2
     )
+
+
+LISTED = """<ir_version: {}, opset_import: ["": 9]>
+m (float[N,2] x, float[2,2] w) => (float[N,2] y) <float[2,2] w = {{1,2,3,4}}> {{ y = MatMul(x, w) }}"""
+
+
+def test_weights_that_ir_version_3_lists_as_inputs_are_held_once() -> None:
+    """ONNX Runtime lets nobody set them; in a newer version they would be open to callers, and slow."""
+    model, partner = (ir.from_onnx_text(LISTED.format(3)) for _ in range(2))
+    report = merged(model, "merge-parallel{with=b inputs=separate}", b=partner)
+    assert ends(model) == (["x[N,2]", "b/x[b/N,2]"], ["y[N,2]", "b/y[b/N,2]"])
+    assert (list(model.graph.initializers), model.ir_version) == (["w"], 4)
+    told = [change.what for change in report.passes[0].ledger.changes if change.subject == "b"]
+    assert "its 1 weight is no input any more; IR version 3 had to list them" in told
+    model, partner = (ir.from_onnx_text(LISTED.format(3)) for _ in range(2))
+    merged(model, "ensemble{with=b}", b=partner)
+    assert [value.name for value in model.graph.inputs] == ["x"]
+
+
+def test_weights_that_a_caller_may_set_are_held_apart() -> None:
+    model, partner = (ir.from_onnx_text(LISTED.format(8)) for _ in range(2))
+    report = merged(model, "merge-parallel{with=b}", b=partner)
+    assert ends(model)[0] == ["x[N,2]", "w[2,2]", "b/w[2,2]"]
+    assert list(model.graph.initializers) == ["w", "b/w"]
+    reasons = [(skip.subject, skip.reason) for skip in report.passes[0].ledger.skips]
+    assert ("b", "1 weight held apart, being inputs that a caller may set") in reasons
+
+
+def test_equal_constants_within_a_model_hide_no_twin(parse: Parse) -> None:
+    """Two computed constants of one model are equal, and each is that of the other model."""
+    text = """m (float[2] x) => (float[2] y) <int64[1] s = {2}> {
+ a = ConstantOfShape(s) b = ConstantOfShape(s) h = Add(x, a) d = Dropout(h) y = Mul(d, b) }"""
+    model = parse(text)
+    merged(model, "merge-parallel{with=b}", b=parse(text))
+    assert [node.op_type for node in model.graph].count("Mul") == 1

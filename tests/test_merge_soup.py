@@ -389,7 +389,7 @@ def test_half_precision_is_rounded_once_and_may_overflow(parse: Parse) -> None:
         ("with=(b, c) method=weighted", "method=weighted needs weights, 3 that sum to one"),
         ("with=b method=weighted weights=(0.5, 0.6)", "the weights sum to 1.1; they have to sum to 1"),
         ("with=b method=weighted weights=(1.5, -0.5)", "the weight -0.5 is negative"),
-        ("with=b method=weighted weights=1", "2 models take 2 weights, the model's own first; 1 are given"),
+        ("with=b method=weighted weights=1", "2 models take 2 weights, the model's own first; given: 1"),
         ("with=b method=weighted weights=(nan, 1)", "is not valid"),
         ("with=b weights=(0.5, 0.5)", "method=uniform takes no weights"),
         ("with=(b, c) method=slerp", "goes from one model to one other, and 2 partners are named"),

@@ -132,8 +132,11 @@ class Operators:
         values = self.constant(np.array([0, 1], np.float32), "off_on")
         return self.node("OneHot", [one, depth, values], {"axis": axis}, ir.DataType.FLOAT, made)
 
-    def look_up(self, words: Sequence[Any], places: ir.Value) -> ir.Value:
-        """The text at each place of a list."""
+    def look_up(self, words: Sequence[str] | Sequence[int], places: ir.Value) -> ir.Value:
+        """The text, or the number, at each place of a list."""
+        if not isinstance(words[0], str):
+            numbers = self.constant(np.array(words, np.int64), "labels")
+            return self.node("Gather", [numbers, places], {"axis": 0}, ir.DataType.INT64, dims(places))
         name = Names(self.joined.model).fresh("labels")
         tensor = ir.StringTensor([str(word).encode() for word in words], shape=ir.Shape([len(words)]), name=name)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(words)]), const_value=tensor)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal, TypeVar
 
-import onnx_ir as ir
-
 from ..base import Array
 from .algebra import Algebra
 
@@ -90,15 +88,3 @@ def _median(algebra: Algebra[T], values: Sequence[T]) -> T:
             row[place], row[place + 1] = algebra.least(one, two), algebra.most(one, two)
     half = len(row) // 2
     return row[half] if len(row) % 2 else algebra.times(algebra.add(row[half - 1], row[half]), 0.5)
-
-
-_PASSED = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
-_NORMALIZED = ("Softmax", "Sigmoid", "HardSigmoid", "TreeEnsembleClassifier", "Normalizer")
-
-
-def gives_probabilities(value: ir.Value) -> bool:
-    """Whether an output comes from a softmax, a sigmoid, or a classifier that makes its own probabilities."""
-    node = value.producer()
-    while node is not None and node.op_type in _PASSED and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node is not None and node.op_type in _NORMALIZED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,15 +18,17 @@ from ...ir.unify import Misfit, described, dtype_name
 from ..base import Array, Context, Effect, Feeds, Outputs, Pass, register
 from .adapters import Adapter
 from .algebra import Numbers, Operators
-from .combine import PER_CLASS, Combination, How, gives_probabilities
+from .classifiers import Classifier, Labels, classifier, gives_probabilities, order
+from .combine import PER_CLASS, Combination, How
 from .feeding import feed_alike
 from .fits import Solver, linear_layer, on_simplex
 from .plan import Each, Plan, members, settle, tidy
 from .samples import labelled
-from .zipmap import Labels, class_labels, order, unzipped
 
+_KINDS = ("logits", "probabilities")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
-_NEWEST_NEEDED = 13  # before, Softmax and its kin flatten what comes after the axis
+_NEEDED = 7  # the first opset with broadcasting as it is used here
+_NEEDED_PER_CLASS = 13  # before, Softmax and its kin flatten what comes after the axis
 
 
 @register("ensemble")
@@ -37,20 +39,20 @@ class Ensemble(Pass):
     ``'image=b/data'``; ``adapt`` allows a ``cast``, ``transpose`` or ``reshape`` in between. Each output, or those that
     ``outputs`` names, is combined with the partners' of its name, else in its place. ``classes`` tells where a
     partner's classes lie in another order: ``'b=2 0 1'`` says that the first class of the model is number 2 of ``b``.
-    They lie along ``axis``. Of classifiers that name their classes (skl2onnx) the order is known, and the tensor before
-    a ZipMap is taken.
+    They lie along ``axis``. Of classifiers that name their classes (skl2onnx) the order is known, the tensor before a
+    ZipMap is taken, and ``label`` is one more output: the name of the class with the largest value.
 
     ``combine``: ``mean`` is (y1 + ... + yN) * float32(1/N); ``weighted`` is (w1 y1 + w2 y2) + ..., in order, over the
     sum of the weights with ``normalize``; ``sum``, ``median``, ``min`` and ``max`` are of each element. ``geometric``
     is the mean of logarithms, raised again. ``soft-vote`` is the mean of probabilities. ``hard-vote`` gives the share
-    of the members that chose each class, and in ``label`` the class with most votes, as text where the model names its
-    classes by text; of equal ones, of a member or of the vote, the lowest index is taken. ``stack`` is a linear layer
-    over the outputs of all.
+    of the members that chose each class, and in ``label`` the class with most votes; of equal ones, of a member or of
+    the vote, the lowest index is taken. ``stack`` is a linear layer over the outputs of all.
 
     ``soft-vote`` and ``geometric`` put a softmax after outputs that are logits: those that no softmax, sigmoid or
-    classifier makes, or as ``scores`` says. Without ``weights``, those of ``weighted`` are fitted to data and labels:
-    not negative, of sum one, least cross-entropy. ``stack`` is fitted by ``solver``: least squares to the labels, or
-    logistic regression (by scikit-learn: pip install 'penjing[stack]').
+    classifier makes, or as ``scores`` says of all, or of one: ``'b=logits'``. Without ``weights``, those of
+    ``weighted`` are fitted to data and labels: not negative, of sum one, least cross-entropy. Labels are places among
+    the classes, or their names where a member names them. ``stack`` is fitted by ``solver``: least squares to the
+    labels, or logistic regression (by scikit-learn: pip install 'penjing[stack]').
     """
 
     with_: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ class Ensemble(Pass):
     adapt: tuple[Adapter, ...] = ()
     classes: tuple[str, ...] = ()
     axis: int = -1
-    scores: Literal["auto", "logits", "probabilities"] = "auto"
+    scores: tuple[str, ...] = ()
     solver: Solver = "least-squares"
 
     def validate(self) -> None:
@@ -76,8 +78,11 @@ class Ensemble(Pass):
             raise UsageError("ensemble: solver is for combine=stack; add that, or leave solver out.")
         if self.with_ and self.weights and len(self.weights) != len(self.with_) + 1:
             raise UsageError(
-                f"ensemble: {len(self.with_) + 1} models take as many weights, and {len(self.weights)} are given."
+                f"ensemble: {len(self.with_) + 1} models take as many weights; given: {len(self.weights)}."
             )
+        for text in self.scores:
+            if text.rpartition("=")[2] not in _KINDS:
+                raise UsageError(f"ensemble: scores={printable(text)} must be {' or '.join(_KINDS)}, or MEMBER=logits.")
         if any(not math.isfinite(one) or one < 0 for one in self.weights):
             raise UsageError(
                 f"ensemble: weights=({', '.join(map(str, self.weights))}) must be numbers of zero or more; a member "
@@ -115,9 +120,13 @@ class Ensemble(Pass):
     # How --------------------------------------------------------------------------------------------------------------
 
     def _team(self, model: ir.Model, ctx: Context) -> Team:
-        found = [unzipped(member) for member in members(model, self.with_, ctx, self.name)]
-        plan, places = feed_alike(found, self.map, self.adapt, self.name)
-        team = Team(plan, places, [], [])
+        found = [classifier(member) for member in members(model, self.with_, ctx, self.name)]
+        plan, places = feed_alike([one.member for one in found], self.map, self.adapt, self.name)
+        plan.opset = _NEEDED
+        team = Team(plan, places, found, [], [])
+        for one in found:
+            for name in one.named:
+                plan.said.append((f"{one.member}/{printable(name)}", "the tensor before its ZipMap is taken"))
         matched = self._matched(team)
         if len(matched) > 1 and self.combine in ("stack", "hard-vote"):
             raise UsageError(f"ensemble: combine={self.combine} makes one output; choose it with outputs=NAME.")
@@ -172,15 +181,14 @@ class Ensemble(Pass):
                     f"ensemble: the output '{printable(names[0])}' of {team.member(0)} is {described(first)}, and "
                     f"{where}: {reason}."
                 ) from None
-        kinds = [gives_probabilities(value) for value in values]
-        if self.scores != "auto":
-            kinds = [self.scores == "probabilities"] * len(kinds)
+        kinds = self._kinds(team, values)
         if len(set(kinds)) > 1 and self.combine not in ("soft-vote", "hard-vote", "geometric"):
             ctx.warn(
                 f"Of what is combined into '{printable(names[0])}' some are probabilities and some may be logits; "
                 "combine=soft-vote brings them to one scale."
             )
-        combination = self._combination(team, values, kinds, names)
+        known = [one.classes(name) for one, name in zip(team.classifiers, names, strict=True)]
+        combination = self._combination(team, values, kinds, names, known)
         if self.combine in ("soft-vote", "geometric"):
             for number, (raw, name) in enumerate(zip(combination.logits, names, strict=True)):
                 if raw:
@@ -190,49 +198,66 @@ class Ensemble(Pass):
                             "softmax added, for the output is taken for logits",
                         )
                     )
-        return Joint(names, values, combination)
+        labels = next((one for one in known if one and len(one) == combination.classes), None)
+        return Joint(names, values, combination, labels)
+
+    def _kinds(self, team: Team, values: Sequence[ir.Value]) -> list[bool]:
+        """Of each member whether its output is probabilities."""
+        kinds = [gives_probabilities(value) for value in values]
+        names = [team.plan.members[place].name for place in team.places]
+        for text in self.scores:
+            name, mark, kind = text.rpartition("=")
+            if mark and name not in names:
+                raise UsageError(f"ensemble: no member is called '{printable(name)}'.{printable(nearest(name, names))}")
+            for number in [names.index(name)] if mark else range(len(kinds)):
+                kinds[number] = kind == "probabilities"
+        return kinds
 
     def _combination(
-        self, team: Team, values: Sequence[ir.Value], kinds: Sequence[bool], names: Sequence[str]
+        self,
+        team: Team,
+        values: Sequence[ir.Value],
+        kinds: Sequence[bool],
+        names: Sequence[str],
+        known: Sequence[Labels | None],
     ) -> Combination:
         per_class = self.combine in PER_CLASS or bool(self.classes) or (self.combine == "weighted" and not self.weights)
         per_class = per_class or (self.combine == "geometric" and not all(kinds))
-        per_class = per_class or sum(class_labels(model) is not None for model in team.models) > 1
+        shape = next((shape for shape in map(dims, values) if shape is not None), None)
+        along = -len(shape or ()) <= self.axis < len(shape or ())
+        sizes = [shape[self.axis] for shape in map(dims, values) if along and shape is not None]
+        classes = next((size for size in sizes if isinstance(size, int)), 0)
+        per_class = per_class or any(one is not None and len(one) == classes for one in known)
         divisor = float(np.float32(math.fsum(self.weights))) if self.normalize else None
         made = Combination(self.combine, weights=self.weights, divisor=divisor, logits=[not one for one in kinds])
         made.orders = [None] * len(values)
         if not per_class:
             return made
-        shape = next((known for known in map(dims, values) if known is not None), None)
         where = f"the output '{printable(names[0])}' of {team.member(0)} is {described(values[0])}"
-        if not shape or not -len(shape) <= self.axis < len(shape):
+        if not shape or not along:
             raise UsageError(f"ensemble: the classes must lie along axis {self.axis}, and {where}.")
-        made.axis = self.axis % len(shape)
-        sizes = [known[made.axis] for known in map(dims, values) if known is not None]
-        made.classes = next((size for size in sizes if isinstance(size, int)), 0)
+        made.axis, made.classes = self.axis % len(shape), classes
         if not made.classes:
             raise UsageError(f"ensemble: combine={self.combine} needs to know how many classes there are, and {where}.")
         if self.combine == "stack" and (len(shape) != 2 or made.axis != 1):
             raise UsageError(f"ensemble: combine=stack takes outputs [batch, classes], and {where}.")
-        opset = max(model.opset_imports.get("", 0) for model in team.models)
-        if opset < _NEWEST_NEEDED and self.combine in (*PER_CLASS, "geometric"):
-            raise UsageError(
-                f"ensemble: combine={self.combine} needs opset {_NEWEST_NEEDED} or newer, and all members are older; "
-                f"run raise-opset{{to={_NEWEST_NEEDED}}} on {team.member(0)} first."
-            )
-        made.orders = self._orders(team, made.classes)
+        team.plan.opset = _NEEDED_PER_CLASS
+        made.orders = self._orders(team, made.classes, known)
         return made
 
-    def _orders(self, team: Team, classes: int) -> list[tuple[int, ...] | None]:
-        """For each member where the classes of the first one are among its own."""
+    def _orders(self, team: Team, classes: int, known: Sequence[Labels | None]) -> list[tuple[int, ...] | None]:
+        """For each member where the classes of the first one that names them are among its own."""
         found: list[tuple[int, ...] | None] = [None] * len(team.places)
         names = [team.plan.members[place].name for place in team.places]
-        known = [class_labels(model) for model in team.models]
-        for number, labels in enumerate(known):
-            if number and known[0] and labels and len(labels) == len(known[0]) == classes:
-                found[number] = order(known[0], labels, (team.member(0), team.member(number)))
-                if found[number] is not None:
-                    team.plan.said.append((names[number], f"its classes are taken in the order of {team.member(0)}"))
+        tellers = [number for number, labels in enumerate(known) if labels and len(labels) == classes]
+        for number in tellers[1:]:
+            first, other = known[tellers[0]], known[number]
+            assert first is not None
+            assert other is not None
+            pair = team.member(tellers[0]), team.member(number)
+            found[number] = order(first, other, pair, "ensemble")
+            if found[number] is not None:
+                team.plan.said.append((names[number], f"its classes are taken in the order of {pair[0]}"))
         for text in self.classes:
             name, mark, listed = text.partition("=")
             words = listed.split()
@@ -260,7 +285,7 @@ class Ensemble(Pass):
         (joint,) = team.joints
         how = joint.combination
         rows = team.plan.separately(ctx.runner, level="all")(ctx.data)
-        scores, labels = labelled(map(team.picker(joint), rows), ctx, how.classes, "ensemble")
+        scores, labels = labelled(map(team.picker(joint), rows), ctx, how.classes, "ensemble", joint.labels)
         for number, one in enumerate(scores):
             if not np.isfinite(one).all():
                 raise BadFeeds(f"On these data {team.member(number)} gives numbers that are not finite; nothing fits.")
@@ -284,11 +309,26 @@ class Ensemble(Pass):
 
 @dataclass
 class Joint:
-    """An output of the ensemble: what it is called in each member, what it is there, and how they are combined."""
+    """An output of the ensemble: what it is called in each member, what it is there, and how they are combined.
+
+    ``labels`` are what its classes are called, where a member tells.
+    """
 
     names: list[str]
     values: list[ir.Value]
     combination: Combination
+    labels: Labels | None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the class with the largest value is an output too."""
+        how = self.combination.how  # of equal classes of a geometric mean, rounding chooses one
+        return how == "hard-vote" or (self.labels is not None and how != "geometric")
+
+    @property
+    def looked_up(self) -> Labels | None:
+        """What labels are looked up in; ``None`` where they are the numbers of the classes."""
+        return None if self.labels == tuple(range(self.combination.classes)) else self.labels
 
 
 @dataclass
@@ -297,6 +337,7 @@ class Team:
 
     plan: Plan
     places: list[int]
+    classifiers: list[Classifier]
     joints: list[Joint]
     told: list[tuple[str, str, dict[str, Any]]]
 
@@ -306,12 +347,6 @@ class Team:
 
     def member(self, number: int) -> str:
         return str(self.plan.members[self.places[number]])
-
-    def labels(self, joint: Joint) -> Labels | None:
-        """What the classes are called, where the first member names them by text."""
-        found = class_labels(self.models[0])
-        named = found is not None and len(found) == joint.combination.classes and isinstance(found[0], str)
-        return found if named else None
 
     def picker(self, joint: Joint) -> Callable[[Each], list[Array]]:
         """A function from the outputs of all that runs to those that are combined, classes in one order."""
@@ -329,10 +364,10 @@ class Team:
         found = []
         for joint in self.joints:
             made = joint.combination.of(Numbers(), self._arrays(joint, each))
-            if joint.combination.how == "hard-vote":
+            if joint.is_labelled:
                 chosen = Numbers().index_of_largest(made, joint.combination.axis)
-                labels = self.labels(joint)
-                found.append(chosen if labels is None else np.array(labels, object)[chosen])
+                words = joint.looked_up
+                found.append(chosen if words is None else np.array(words)[chosen])
             found.append(made)
         return found
 
@@ -345,10 +380,10 @@ class Team:
                 for number, (place, name) in enumerate(zip(self.places, joint.names, strict=True))
             ]
             made = joint.combination.of(algebra, values)
-            if joint.combination.how == "hard-vote":
+            if joint.is_labelled:
                 chosen = algebra.index_of_largest(made, joint.combination.axis)
-                labels = self.labels(joint)
-                shown.append(("label", chosen if labels is None else algebra.look_up(labels, chosen)))
+                words = joint.looked_up
+                shown.append(("label", chosen if words is None else algebra.look_up(words, chosen)))
             how = joint.combination.how
             self.plan.said.append(
                 (

@@ -53,6 +53,31 @@ def feed_alike(
     return plan, places
 
 
+def absorbed(plan: Plan, place: int) -> Plan:
+    """The plan of two with the adapters before the second, at ``place``, made a part of it."""
+    first, second = plan.members[0], plan.members[place]
+    if len(plan.members) == 2:
+        return plan
+    wires = [
+        {name: Source(one.member - 1, one.value) for name, one in reads.items() if one.member}
+        for reads in plan.wires[1:]
+    ]
+    joined = Plan(plan.members[1:], wires).join()
+    last = joined.members[place - 1]
+    joined.show(list(last.outputs.items()))
+    reads = {
+        one.inputs[name].name or "": source
+        for one, own in zip(joined.members, plan.wires[1:], strict=True)
+        for name, source in own.items()
+        if not source.member
+    }
+    made = Plan([first, Member(second.name, joined.model)], [{}, reads], plan.said, plan.left)
+    made.said += [note for note in joined.notes if note[0] == second.name]
+    for name, source in reads.items():
+        fit(made.members, 1, name, source, made.symbols)
+    return made
+
+
 def _required(member: Member) -> list[str]:
     return [value.name or "" for value in member.model.graph.inputs if value.const_value is None]
 

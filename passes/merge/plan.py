@@ -35,6 +35,9 @@ from ...ir.verify import verify
 from ..base import Context, Feeds, Level, Outputs, Runner
 from ..pipeline import Pipeline
 
+_CONSTANTS = 4  # the first IR version in which a weight need not be an input
+_LISTED = "penjing.listed"  # where a copy has the number of its weights that were inputs
+
 FIRST = "model"  # what the model that a merge begins with is called among its members
 
 Each = Sequence[Outputs]  # the outputs of each member, by the names that they have there
@@ -46,7 +49,7 @@ class Plan:
 
     ``said`` and ``left`` are for the ledger: what was done and what was left alone, each with its subject.
     ``adapters`` are members that stand between others, and ``words`` say, by their places, what they do. ``symbols``
-    know which dimensions are one by what is wired so far.
+    know which dimensions are one by what is wired so far. ``opset`` is the least that what joins them needs.
     """
 
     members: list[Member]
@@ -56,13 +59,14 @@ class Plan:
     adapters: list[Member] = field(default_factory=list)
     words: dict[int, str] = field(default_factory=dict)
     symbols: Symbols = field(default_factory=Symbols)
+    opset: int = 0
 
     def __post_init__(self) -> None:
         self.wires += [{} for _ in self.members[len(self.wires) :]]
 
     def join(self) -> Joined:
         """The members in one graph, with the outputs of all. Raises ``UsageError`` where they do not fit."""
-        return join(self.members, self.wires)
+        return join(self.members, self.wires, self.opset)
 
     def separately(
         self, runner: Runner, joined: Joined | None = None, level: Level | None = None
@@ -140,8 +144,10 @@ def _caller(runner: Runner, member: Member, level: Level | None) -> Callable[[Ma
     return call
 
 
-def members(model: ir.Model, names: Sequence[str], ctx: Context, step: str) -> list[Member]:
+def members(model: ir.Model, names: Sequence[str], ctx: Context, step: str, *, whole: bool = False) -> list[Member]:
     """The model itself, called ``model``, and the partners ``names``. One named again is ``name-2``.
+
+    Of IR version 3, which lists each weight as an input, they are copies without these inputs, unless ``whole``.
 
     Raises ``UsageError`` where no partner is named, or none has that name; ``InvalidModel`` for a broken one.
     """
@@ -160,7 +166,26 @@ def members(model: ir.Model, names: Sequence[str], ctx: Context, step: str) -> l
         taken = {member.name for member in found}
         fresh = next(new for number in range(1, len(names) + 3) if (new := _numbered(name, number)) not in taken)
         found.append(Member(fresh, partners[name]))
-    return found
+    if whole:
+        return found
+    closed = {id(member.model): _closed(member.model) for member in found}
+    return [Member(member.name, closed[id(member.model)]) for member in found]
+
+
+def _closed(model: ir.Model) -> ir.Model:
+    """A model of IR version 3 as a copy whose weights are no inputs; ONNX Runtime lets nobody set them there, but
+    does so, and cannot compute ahead with them, where they are inputs in a newer version. Any other model itself."""
+    listed = [value for value in model.graph.inputs if value.is_initializer()]
+    if model.ir_version >= _CONSTANTS or not listed:
+        return model
+    made = model.clone()
+    made.meta.update(model.meta)
+    made.meta[_LISTED] = len(listed)
+    kept = [value for value in made.graph.inputs if not value.is_initializer()]
+    made.graph.inputs.clear()
+    made.graph.inputs.extend(kept)
+    made.ir_version = _CONSTANTS
+    return made
 
 
 def _numbered(name: str, number: int) -> str:
@@ -196,6 +221,9 @@ def settle(model: ir.Model, plan: Plan, joined: Joined, ctx: Context) -> None:
         ctx.change(name, sentence)
     for name, sentence in plan.left:
         ctx.skip(name, sentence)
+    for place in joined.members[1:]:
+        if open_ := [value for value in place.constants.values() if value.is_graph_input()]:
+            ctx.skip(place.name, f"{_counted(len(open_), 'weight')} held apart, being inputs that a caller may set")
     gone = str(sweep(joined.model))
     if gone:
         ctx.change("main graph", f"removed, for no output needs them: {gone}")
@@ -203,7 +231,7 @@ def settle(model: ir.Model, plan: Plan, joined: Joined, ctx: Context) -> None:
 
 
 def same_models(found: Sequence[Member]) -> list[tuple[str, str]]:
-    """Which members are one model, for the ledger."""
+    """Which members are one model, and whose weights were inputs, for the ledger."""
     said = []
     for place, member in enumerate(found):
         path = member.model.meta.get("penjing.path")
@@ -211,6 +239,9 @@ def same_models(found: Sequence[Member]) -> list[tuple[str, str]]:
             if other.model is member.model or (path is not None and other.model.meta.get("penjing.path") == path):
                 said.append((member.name, f"the same model as {other}"))
                 break
+        if count := member.model.meta.get(_LISTED):
+            words = "weight is no input" if count == 1 else "weights are no inputs"
+            said.append((member.name, f"its {count:,} {words} any more; IR version 3 had to list them"))
     return said
 
 

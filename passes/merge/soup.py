@@ -81,7 +81,7 @@ class Soup(Pass):
         if self.method not in (*_SHARES, "task-arithmetic", "dare"):
             raise UsageError(f"soup: method={self.method} takes no weights; leave them out, or say method=weighted.")
         if self.with_ and given != count:
-            raise UsageError(f"soup: {count} models take {count} weights, the model's own first; {given} are given.")
+            raise UsageError(f"soup: {count} models take {count} weights, the model's own first; given: {given}.")
         if not all(map(math.isfinite, self.weights)):
             raise UsageError("soup: a weight is not a finite number.")
         if self.method in _SHARES:
@@ -94,7 +94,7 @@ class Soup(Pass):
         return Effect.LOSSY
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        found = members(model, self.with_, ctx, self.name)
+        found = members(model, self.with_, ctx, self.name, whole=True)
         if self.method == "greedy" and not ctx.has("metric"):
             _ = ctx.metric  # refuses
         base = self._base(ctx)

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
 from ...ir.address import path_text, printable
-from ...ir.atomic import reason_of
 from ...ir.constants import constant_tensor
 from ...ir.errors import BadFile, PenjingError, UsageError
 from ..base import Context, Runner
 from ..ledger import Change
+from ..timed import TIMED, Times, read_times, rounded
 from . import timing_nets as nets
 from .costs import DYNAMIC, Table, Target
 from .insertion import Grids
@@ -32,14 +31,17 @@ from .placement import Costs, Foretold, Sizes
 from .timing_nets import Pair, Part, Untimed
 from .units import Unit
 
-TIMED = "timed"
 _SECONDS = 0.15  # of the clock for each net
 _LEAST = 20.0  # nanoseconds: a difference below that is noise
+_FORMS = (
+    ("float",),
+    ("integer", "dynamic"),
+    "float_ns and, where there is such a form, integer_ns or dynamic_ns",
+)
 _COLUMN = {"Transpose": "integer"}  # of the cost table's rows; the others stand under "float"
 
 Timing = Literal["table", "measure"]
 Forms = Mapping[str, Callable[[Part], Pair | None]]  # how to build the nets of each form
-Times = Mapping[str, float]  # nanoseconds by form: "float", "integer", "dynamic"
 
 
 def check_timing(step: str, timing: Timing, decisions: str | None, target: Target) -> None:
@@ -57,7 +59,9 @@ def costs_by(timing: Timing, decisions: str | None, target: Target, grids: Grids
     """
     table = Table.of(target)
     if decisions is not None:
-        return Measured(table, grids, None, read_times(decisions, ctx.step), place=printable(path_text(decisions)))
+        return Measured(
+            table, grids, None, read_times(decisions, ctx.step, *_FORMS), place=printable(path_text(decisions))
+        )
     return Measured(table, grids, ctx.runner) if timing == "measure" else Foretold(table)
 
 
@@ -146,7 +150,7 @@ class Measured:
                 )
             else:
                 found = _timed(self.runner, part, forms) or told
-                self.used[subject] = {form: _rounded(spent) for form, spent in found.items() if math.isfinite(spent)}
+                self.used[subject] = {form: rounded(spent) for form, spent in found.items() if math.isfinite(spent)}
         return self.used[subject]
 
 
@@ -163,58 +167,3 @@ def _timed(runner: Runner, part: Part, forms: Forms) -> dict[str, float] | None:
         form: max((more - less) * 1e9 / pair.copies, _LEAST)
         for (form, pair), (more, less) in zip(pairs.items(), spent, strict=True)
     }
-
-
-def _rounded(number: float) -> float:
-    return float(f"{number:.3g}")
-
-
-# The report -----------------------------------------------------------------------------------------------------------
-
-
-def read_times(path: str, step: str) -> dict[str, Times]:
-    """What the report of a run with ``timing=measure`` says that parts took in its passes of this name.
-
-    Raises ``BadFile``, a sentence.
-    """
-    place = printable(path_text(path))
-    try:
-        with open(path, encoding="utf-8") as file:
-            report = json.load(file)
-    except OSError as error:
-        raise BadFile(f"{place} cannot be read: {reason_of(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{place} is no report: {' '.join(str(error).split())}") from error
-    found: dict[str, Times] = {}
-    for entry in _entries(report, step):
-        subject, numbers = entry.get("subject"), entry.get("numbers")
-        if not isinstance(subject, str) or not isinstance(numbers, dict) or not _are_times(numbers):
-            raise BadFile(
-                f"{place}: what was timed of '{printable(str(subject))}' must be nanoseconds above 0, float_ns and, "
-                "where there is such a form, integer_ns or dynamic_ns."
-            )
-        found.setdefault(subject, {name.removesuffix("_ns"): float(spent) for name, spent in numbers.items()})
-    if not found:
-        raise BadFile(
-            f"{place} holds nothing that {step} has timed; it must be the report (--json) of a run with "
-            f"{step}{{timing=measure}} that changed the model."
-        )
-    return found
-
-
-def _entries(report: Any, step: str) -> list[dict[str, Any]]:
-    """The changes of the passes of one name that say what was timed."""
-    passes = report.get("passes") if isinstance(report, dict) else None
-    entries = [
-        entry
-        for one in (passes if isinstance(passes, list) else [])
-        if isinstance(one, dict) and one.get("name") == step and isinstance(one.get("changed"), list)
-        for entry in one["changed"]
-    ]
-    return [entry for entry in entries if isinstance(entry, dict) and entry.get("what") == TIMED]
-
-
-def _are_times(numbers: dict[str, Any]) -> bool:
-    known = {"float_ns", "integer_ns", "dynamic_ns"}
-    plain = all(type(spent) in (int, float) and 0 < spent < math.inf for spent in numbers.values())
-    return plain and "float_ns" in numbers and known.issuperset(numbers)
