@@ -217,7 +217,7 @@ class Distribution:
                 np.multiply(block, scale, out=part)
                 np.copyto(place, part, casting="unsafe")  # towards zero; what does not fit, and NaN, becomes -2^31
             place -= self.first
-            if place.min() < 0 or place.max() > last:
+            if place.view(np.uint32).max() > last:  # so is what is negative
                 return None
             found = np.bincount(place, minlength=total.size)
             if found[0]:
@@ -285,8 +285,9 @@ class Distribution:
     def _add(self, other: Distribution) -> None:
         """Add counts of a grid that is as fine, or finer, and within reach."""
         index = np.arange(other.first, other.first + len(other.counts))
-        index = np.sign(index) * (np.abs(index) >> (self.exponent - other.exponent))
-        np.add.at(self.counts, index - self.first, other.counts)
+        index = np.sign(index) * (np.abs(index) >> (self.exponent - other.exponent)) - self.first
+        starts = np.flatnonzero(np.diff(index, prepend=-1))  # of the runs that fall into one bin
+        self.counts[index[starts]] += np.add.reduceat(other.counts, starts)
 
 
 def finest_exponent(low: float, high: float, bins: int) -> int:

@@ -122,6 +122,7 @@ class _Sweep:
         self.derived: dict[Point, tuple[Point, float, float]] = {}
         self.watched = Watched(model)
         self.watched.know_types([point.value for point in points])
+        self.watched.keep_order(it.value for it in points if it.asks == "array" and not it.elementwise)
         self.roots = self._roots(points)
         self.threads = threads
         self.batch_axes: dict[Point, set[int]] = {}
@@ -150,7 +151,9 @@ class _Sweep:
     def _view(self, point: Point) -> View:
         if point.asks == "extremes":
             return self.watched.extremes(point.value)
-        return self.watched.dims(point.value) if point.asks == "dims" else self.watched.whole(point.value)
+        if point.asks == "dims":
+            return self.watched.dims(point.value)
+        return self.watched.elements(point.value) if point.elementwise else self.watched.whole(point.value)
 
     def whole_in_loops(self) -> list[Point]:
         """The points that want arrays out of the body of a Loop."""

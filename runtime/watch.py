@@ -6,11 +6,16 @@ its sum (for NaN) and the number of elements are found there, so that what the b
 the model takes. Out of a body it gets as one more output of the node that holds it: of an If, whose other branch gives
 a neutral element; of a Loop or Scan as a scan output, folded behind it into one for all iterations. Bodies in bodies do
 that level by level.
+
+What convolutions compute on x86-64 ONNX Runtime holds in blocks of channels, and copies for whoever wants it as ONNX
+has it. A copy with the channels last goes along memory and takes the least time, so that is how it comes out where the
+places of the elements do not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.address import bodies, function_prefix, graphs, printable
-from ..ir.constants import constant_array
+from ..ir.constants import constant_array, constant_tensor
 from ..ir.edit import Names
 from ..ir.errors import UsageError, nearest
 from ..ir.scopes import values
@@ -28,6 +33,8 @@ from ..passes.points import NotFinite, Unfit
 
 _FLOAT, _INT = ir.DataType.FLOAT, ir.DataType.INT64
 _EXTREMES = (("ReduceMin", np.inf), ("ReduceMax", -np.inf), ("ReduceSum", 0.0), ("Size", 0))
+_IN_BLOCKS = frozenset(("Add", "AveragePool", "Concat", "MaxPool", "Mul", "Relu", "Sigmoid", "Sum", "Tanh"))
+_BLOCKS = platform.machine() in ("x86_64", "AMD64")
 _SAME_ELEMENTS = frozenset(("Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
 
 
@@ -99,7 +106,14 @@ class Watched:
                     self._addresses.setdefault(value, prefix + value.name)
             for node in graph:
                 self._holders.update({body: (node, graph) for _, body in bodies(node)})
-        self._constants: dict[tuple[ir.Graph, str], ir.Value] = {}
+        self._blocked: dict[ir.Value, bool] = {}
+        self._elements: dict[ir.Value, str] = {}
+        self._ordered: set[str] = set()
+        self._given_out = set(self.model.graph.outputs)
+
+    def keep_order(self, addresses: Iterable[str]) -> None:
+        """The values of these addresses come out as they are, whatever is asked besides."""
+        self._ordered.update(addresses)
 
     def know_types(self, addresses: Sequence[str]) -> None:
         """Infer types and shapes where one of these values lacks its type, or stands in a body."""
@@ -131,7 +145,7 @@ class Watched:
         if isinstance(value.type, ir.TensorType) and not value.type.dtype.is_floating_point():
             raise Unfit(f"is {value.type.dtype.name.lower()}, and only floats have a range")
         if graph is self.model.graph:
-            return self.whole(address)
+            return self.elements(address)
         self._require_tensor(value)
         self._require_way_out(graph)
         if value.dtype not in (_FLOAT, ir.DataType.DOUBLE):
@@ -173,6 +187,39 @@ class Watched:
         rank = 0 if value.shape is None else len(value.shape)
         out, loops = self._brought_out(found, graph, np.zeros((0,) * max(rank, 1), value.dtype.numpy()), None)
         return Whole((self._output(out),), loops)
+
+    def elements(self, address: str) -> Whole:
+        """As ``whole``, where the places of the elements do not matter, and the axes may be in another order."""
+        value, graph = self._lookup(address)
+        comes = address in self._ordered or value in self._given_out
+        if comes or graph is not self.model.graph or not (_BLOCKS and self._in_blocks(value)):
+            return self.whole(address)
+        if value not in self._elements:
+            turned = self._node(graph, "Transpose", [value], _FLOAT, perm=[0, 2, 3, 1])
+            self._elements[value] = self._output(turned)
+        return Whole((self._elements[value],))
+
+    def _in_blocks(self, value: ir.Value) -> bool:
+        """Whether ONNX Runtime is expected to hold a value of the main graph in blocks of channels."""
+        pending = [value]
+        while pending:
+            at = pending[-1]
+            node = at.producer()
+            if at in self._blocked:
+                pending.pop()
+            elif node is None or node.domain or at.dtype is not _FLOAT or len(node.outputs) > 1:
+                self._blocked[at] = False
+            elif node.op_type == "Conv":
+                weight = constant_tensor(node.inputs[1])
+                self._blocked[at] = weight is not None and len(weight.shape) == 4
+            elif node.op_type not in _IN_BLOCKS:
+                self._blocked[at] = False
+            else:
+                read = [one for one in node.inputs if one is not None]
+                pending += [one for one in read if one not in self._blocked]
+                if pending[-1] is at:
+                    self._blocked[at] = all(self._blocked[one] for one in read)
+        return self._blocked[value]
 
     def in_loop(self, address: str) -> bool:
         """Whether the value stands in the body of a Loop, in which its shape may change."""

@@ -28,7 +28,7 @@ from penjing.passes.points import (
     Unfit,
     finest_exponent,
 )
-from penjing.runtime import statistics
+from penjing.runtime import statistics, watch
 from penjing.runtime.progress import Progress
 from penjing.runtime.session import OrtRunner
 from penjing.runtime.statistics import collect
@@ -269,11 +269,35 @@ def test_a_clip_or_reshape_is_not_looked_at_where_what_it_takes_is(net: ir.Model
 
 
 def test_only_in_bodies_are_extremes_found_inside_the_graph(parse: Parse, net: ir.Model) -> None:
-    assert len(statistics._Sweep(net, [Range("c"), Range("y")], 1).watched.model.graph) == len(net.graph)
+    nodes = [node.op_type for node in statistics._Sweep(net, [Range("c"), Range("y")], 1).watched.model.graph]
+    assert not any(op_type.startswith("Reduce") for op_type in nodes)
     branches = named(parse(BRANCHES), "if")
     watched = statistics._Sweep(branches, [Range("if/then/th")], 1).watched.model
     reduced = [node.op_type for node in watched.graph.all_nodes() if node.op_type.startswith("Reduce")]
     assert reduced == ["ReduceMin", "ReduceMax", "ReduceSum"]
+
+
+def test_what_convolutions_make_comes_out_with_the_channels_last_where_places_do_not_matter(
+    net: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_BLOCKS", True)
+    x = RANDOM.standard_normal((5, 3, 8, 8)).astype(np.float32)
+    asked: list[Point] = [Range("c"), Histogram("c"), Channels("r"), Histogram("y")]
+    watched = statistics._Sweep(net, asked, 1).watched.model
+    assert [node.op_type for node in watched.graph][len(net.graph) :] == ["Transpose"]
+    turned = collect(net, asked, rows(x, [5]))
+    in_order = collect(net, [*asked, Channels("c")], rows(x, [5]))
+    assert all(turned[point] == in_order[point] for point in (Range("c"), Histogram("c"), Histogram("y")))
+    sweep = statistics._Sweep(net, [*asked, Channels("c")], 1)
+    assert len(sweep.watched.model.graph) == len(net.graph)
+    monkeypatch.setattr(watch, "_BLOCKS", False)
+    assert collect(net, asked, rows(x, [5]))[Histogram("c")] == turned[Histogram("c")]
+    x[3, 0, 2, 2] = np.nan
+    with pytest.raises(Unanswered, match=r"The value 'c' holds NaN in sample 3"):
+        collect(net, [Range("c")], rows(x, [5]))
+    monkeypatch.setattr(watch, "_BLOCKS", True)
+    with pytest.raises(Unanswered, match=r"The value 'c' holds NaN in sample 3"):
+        collect(net, [Range("c")], rows(x, [5]))
 
 
 @dataclass

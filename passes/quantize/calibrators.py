@@ -145,6 +145,15 @@ class _Moments:
         powers = np.stack([self._within(self.edges[1:], np.arange(len(self.counts)), power) for power in range(3)])
         return np.concatenate((np.zeros((3, 1)), np.cumsum(powers, axis=1)), axis=1)
 
+    @functools.cached_property
+    def _widths(self) -> Array:
+        return np.diff(self.edges)
+
+    @functools.cached_property
+    def _powers(self) -> list[Array]:
+        """The edges to the power of 0, 1, 2 and 3: powers take long."""
+        return [self.edges**power for power in range(4)]
+
     def below(self, bounds: Array) -> list[Array]:
         place = np.clip(np.searchsorted(self.edges, bounds, side="right") - 1, 0, len(self.counts) - 1)
         any_below = bounds >= self.edges[0]
@@ -153,10 +162,14 @@ class _Moments:
 
     def _within(self, bounds: Array, place: Array, power: int) -> Array:
         """Of the part of the bins ``place`` that lies below ``bounds``; a bin of no width is all at one number."""
-        start, width, counts = self.edges[place], np.diff(self.edges)[place], self.counts[place]
+        width, counts = self._widths[place], self.counts[place]
         with np.errstate(divide="ignore", invalid="ignore"):
-            even = (bounds ** (power + 1) - start ** (power + 1)) / ((power + 1) * width)
-        return np.asarray(counts * np.where(width > 0, even, np.where(bounds >= start, start**power, 0.0)))
+            even = (bounds ** (power + 1) - self._powers[power + 1][place]) / ((power + 1) * width)
+        if width.all():
+            return np.asarray(counts * even)
+        return np.asarray(
+            counts * np.where(width > 0, even, (bounds >= self.edges[place]) * self._powers[power][place])
+        )
 
 
 def _mse(histogram: Distribution, grid: Grid, symmetric: bool, ends: tuple[float, float]) -> tuple[float, float]:
