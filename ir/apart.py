@@ -16,6 +16,7 @@ from typing import NoReturn
 from .interrupts import uninterrupted
 
 _DONE, _RAISED = b"\0", b"\1"
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Gone(Exception):
@@ -81,9 +82,11 @@ def _read(pipe: int, deadline: float) -> bytearray:
 def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, seconds: float, room: int) -> NoReturn:
     """What the child does: it writes to the pipe and ends, and never returns into the caller's stack."""
     try:
+        import ctypes
         import faulthandler
         import resource
 
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it ends with the parent
         faulthandler.disable()  # a crash here is an answer
         signal.set_wakeup_fd(-1)  # the parent's
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -95,7 +98,7 @@ def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, seconds
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds) + 1,) * 2)  # it ends even if the parent is gone
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds) + 1,) * 2)  # it ends even if the parent was gone before
         try:
             kind, answer = _DONE, function(given)
         except MemoryError:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,18 @@ def test_shapes_are_inferred_though_a_vector_is_too_long_to_follow(tmp_path: Pat
     assert list(model.graph.outputs[0].shape or ())[1] == 3  # a name is kept, a number takes its place
 
 
-def test_it_ends_where_its_parent_is_killed() -> None:
+def for_ever() -> bytes:
+    while True:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("rest", [lambda: bytes(1 << 22), for_ever])
+def test_it_ends_where_its_parent_is_killed(rest: Callable[[], bytes]) -> None:
     parent = os.fork()
     if parent == 0:
         try:
             os.setpgid(0, 0)
-            apart(lambda _: os.kill(os.getppid(), signal.SIGKILL) or bytes(1 << 22), b"", **LIMITS)
+            apart(lambda _: os.kill(os.getppid(), signal.SIGKILL) or rest(), b"", **LIMITS)
         finally:
             os._exit(0)
     _, status = os.waitpid(parent, 0)
