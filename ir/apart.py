@@ -98,7 +98,7 @@ def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, seconds
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds) + 1,) * 2)  # it ends even if the parent was gone before
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds) + 1,) * 2)  # even if the parent was gone before
         try:
             kind, answer = _DONE, function(given)
         except MemoryError:
