@@ -126,13 +126,15 @@ class Census:
         found.pop(0, None)  # the first element of all, which has an entry whatever it is
         return np.array(list(found), np.int64), np.array(list(found.values()), np.int64)
 
-    def entries(self, gap: int) -> int | None:
+    def entries(self, gap: int) -> tuple[int, int] | None:
         """How many entries no further than ``gap`` from the next there are: one for the first element, those for the
-        elements kept, and those that bridge longer gaps. None where too little is background."""
+        elements kept, and those that bridge longer gaps; and how many more there may be, where short gaps are bridged
+        too. None where too little is background."""
         if self._steps is None:
             return None
         steps, counts = self._steps
-        return 1 + int((counts * (1 + (steps - 1) // gap)).sum())
+        least = 1 + int((counts * (1 + (steps - 1) // gap)).sum())
+        return least, int(counts[(steps - 1) % gap > 0].sum())
 
     @functools.cached_property
     def narrow(self) -> ir.DataType | None:

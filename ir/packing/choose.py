@@ -20,7 +20,6 @@ from .values import VALUES
 
 _NODE = 55  # bytes of a node and its settings, less the names in it
 _NAMES = 3.7  # times that the weight's name is in it, or in a constant of its own
-_SLOW = 1.03  # a bitmask of bytes takes twice the time of gaps for each: it is to save so much over them
 LEAST = 1 << 10  # bytes: what saves less is not worth its nodes
 SMALL = 2 << 10  # bytes of a tensor that is not worth any
 TABLES = 2 << 10  # bytes of the tables that decoders of a model share
@@ -76,19 +75,22 @@ def storages(census: Census) -> Iterator[Storage]:
 def smallest(census: Census, encoding: str = "auto", opset: int | None = None) -> Storage | None:
     """The smallest of them; None where there is none.
 
-    ``encoding``: one of ``WORDS``, which it then uses; ``opset``: the newest that it may need.
+    ``encoding``: one of ``WORDS``, which it then uses, or ``auto``: of all but those that are ``slow``; ``opset``: the
+    newest that it may need.
     """
     found = [
         storage
         for storage in storages(census)
-        if (encoding == "auto" or encoding in storage.word) and (opset is None or storage.opset <= opset)
+        if (encoding in storage.word or (encoding == "auto" and not slow(storage.word, census)))
+        and (opset is None or storage.opset <= opset)
     ]
+    return min(found, key=lambda storage: storage.bytes + storage.overhead(), default=None)
 
-    def cost(storage: Storage) -> float:
-        slow = "bitmask" in storage.word and census.dtype.itemsize == 1
-        return storage.bytes * (_SLOW if slow else 1) + storage.overhead()
 
-    return min(found, key=cost, default=None)
+def slow(word: str, census: Census) -> bool:
+    """Whether it takes long to load for what it saves: a bitmask takes some 4 ms for a million elements, so 14 ms for a
+    MB of those of one byte, which it makes a sixth smaller, say, where gaps could not."""
+    return "bitmask" in word and census.dtype.itemsize == 1
 
 
 def obstacle(weight: Weight) -> str | None:

@@ -28,9 +28,10 @@ _COUNTING: dict[str, Callable[[Array, Array], Any]] = {
     "Div": lambda a, b: np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)),  # ONNX rounds towards zero
     "Mod": np.mod,
     "Max": np.maximum,
+    "Min": np.minimum,
 }
 _INPUTS = {"Cast": 1, "ConstantOfShape": 1, "Slice": 3, "ScatterElements": 3} | dict.fromkeys(_COUNTING, 2)
-_INPUTS |= dict.fromkeys(("CumSum", "Expand", "Gather", "GatherElements", "Reshape"), 2)
+_INPUTS |= dict.fromkeys(("Concat", "CumSum", "Expand", "Gather", "GatherElements", "Reshape"), 2)
 _TABLE = 1 << 20  # elements that a table, or a step of a small weight, may have
 _RATIO = 64  # of bytes decoded to bytes stored: from what lies in the file anyway, large weights may be made
 GROWTH = 1 << 10
@@ -234,6 +235,8 @@ def _size(node: ir.Node, given: list[Array]) -> int:
             return math.prod(first.ravel().tolist())
         case "Expand":
             return math.prod(np.broadcast_shapes(first.shape, tuple(others[0].ravel().tolist())))
+        case "Concat":
+            return int(first.size + others[0].size)
         case counting if counting in _COUNTING:
             return math.prod(np.broadcast_shapes(first.shape, others[0].shape))
     return int(first.size)
@@ -255,6 +258,10 @@ def _computed(node: ir.Node, given: list[Array]) -> Array:
             if first.ndim != 1 or given[1].ndim != 1:
                 raise ValueError("GatherElements of more than one dimension is no step of a decoder")
             return np.take(first, given[1])
+        case "Concat":
+            if first.ndim != 1 or given[1].ndim != 1:
+                raise ValueError("Concat of more than one dimension is no step of a decoder")
+            return np.concatenate(given)
         case "Reshape":
             return first.reshape(dims)
         case "Slice":

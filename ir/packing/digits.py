@@ -1,8 +1,9 @@
 """Numbers below a limit in few bits: several digits to a byte, and tables of 256 rows that take them apart again.
 
-A byte holds 8 digits below 2, 5 below 3, 4 below 4, 3 below 6, or 2 below 16. What one byte cannot hold is split over
-planes, as the digits of a number with mixed radix. To decode, each byte picks a row of a table (Gather, which folds
-and needs no opset above 10), so no shifts are made.
+A byte holds 8 digits below 2, 5 below 3, 4 below 4, 3 below 6, or 2 below 16; two bytes hold 5 below 9, where there are
+so many numbers that a table of 59,049 rows pays. What one plane cannot hold is split over some, as the digits of a
+number with mixed radix. To decode, each byte picks a row of a table (Gather, which folds and needs no opset above 10),
+so no shifts are made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from ..storage import Array
 from .streams import Flow, Make
 from .tape import Tape
 
-_DIGITS = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1, 65536: 1}  # base: digits in a byte, or in 16 bits
+_DIGITS = {2: 8, 3: 5, 4: 4, 6: 3, 9: 5, 16: 2, 256: 1, 65536: 1}  # base: digits in a byte, or in two
+EVEN = math.lcm(*_DIGITS.values())
+"""So many numbers, and multiples of them, leave no byte of any plane in part empty."""
+
+_WIDE = 9  # the base of several digits in two bytes, of so many numbers at least:
+_MANY = 1 << 18
 _MOST_PLANES = 3
 _TIME = 0.15  # bits for which one more plane is not worth the time it takes to decode
 _NODES = 100  # bytes of a node that reads a plane, with the names in it
@@ -43,7 +49,7 @@ class Plane:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        return np.dtype(np.uint16 if self.base > 256 else np.uint8)
+        return np.dtype(np.uint16 if self.base in (_WIDE, 65536) else np.uint8)
 
     def packed(self, numbers: Array) -> Array:
         """The plane's digits of ``numbers``, whose count is a multiple of ``digits``, as bytes (or 16 bits)."""
@@ -51,13 +57,14 @@ class Plane:
         return (digits.reshape(-1, self.digits) @ self.base ** np.arange(self.digits)).astype(self.dtype)
 
     def table(self, tape: Tape, first: int) -> ir.Value:
-        """int32 [256, digits]: what each byte holds, times ``weight``, plus ``first``; shared by all that need it."""
+        """int32 [256 or more, digits]: what each stored number holds, times ``weight``, plus ``first``; shared by all
+        that need it."""
         name = f"{self.base}s" + (f"_by_{self.weight}" if self.weight > 1 else "") + "_from_1" * first
         with tape.sharing(name) as shared:
             if shared.made is None:
-                bytes_ = tape.every_byte()
+                every = tape.numbers(max(256, self.base**self.digits))
                 powers = self.base ** np.arange(self.digits, dtype=np.int32)
-                made = tape.op("Div", bytes_, tape.constant("powers", powers)) if self.digits > 1 else bytes_
+                made = tape.op("Div", every, tape.constant("powers", powers)) if self.digits > 1 else every
                 made = tape.op("Mod", made, tape.constant("base", np.asarray(self.base, np.int32)))
                 if self.weight > 1:
                     made = tape.op("Mul", made, tape.constant("weight", np.asarray(self.weight, np.int32)))
@@ -72,7 +79,13 @@ def planes(limit: int, count: int) -> tuple[Plane, ...]:
 
     One plane more has to save what its nodes take, and be worth the time that it takes to decode.
     """
-    return min(_choices(limit), key=lambda found: (_cost(found, count), len(found)))
+    return min(_choices(limit, count >= _MANY), key=lambda found: (_cost(found, count), len(found)))
+
+
+def cost(limit: int, count: int) -> int:
+    """Bytes that numbers and the nodes that read them take, and those that the time of reading several planes is
+    worth."""
+    return math.ceil(_cost(planes(limit, count), count))
 
 
 def _cost(found: tuple[Plane, ...], count: int) -> float:
@@ -80,15 +93,16 @@ def _cost(found: tuple[Plane, ...], count: int) -> float:
 
 
 @functools.cache
-def _choices(limit: int) -> tuple[tuple[Plane, ...], ...]:
+def _choices(limit: int, many: bool) -> tuple[tuple[Plane, ...], ...]:
     """For each number of planes those of the fewest bits."""
     if limit > 32768:
         return ((Plane(65536, 1),),)
     found = []
     for count in range(1, _MOST_PLANES + 1):
-        every = itertools.combinations_with_replacement((256, 16, 6, 4, 3, 2), count)
-        many = [_of(bases) for bases in every if math.prod(bases) >= limit]
-        found += [min(many, key=_bits)] if many else []
+        bases = (256, 16, 9, 6, 4, 3, 2) if many and count == 1 else (256, 16, 6, 4, 3, 2)
+        every = itertools.combinations_with_replacement(bases, count)
+        enough = [_of(bases) for bases in every if math.prod(bases) >= limit]
+        found += [min(enough, key=_bits)] if enough else []
     return tuple(found)
 
 

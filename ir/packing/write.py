@@ -82,10 +82,12 @@ class Packer:
 
 
 def unpack(found: Sequence[tuple[Decoder, ir.TensorProtocol]], names: Names) -> None:
-    """Put tensors in the places of decoders: initializers, or Constant nodes where the largest leaf is one."""
+    """Put tensors in the places of decoders: initializers, or Constant nodes where leaves are such."""
     after: dict[ir.Graph, dict[ir.Value, ir.Value]] = {}
+    owned = {decoder.value.graph: None for decoder, _ in found if decoder.value.graph is not None}
+    order = {value: place for graph in owned for place, value in enumerate(graph.initializers.values())}
     for decoder, tensor in found:
-        old, leaf = decoder.value, decoder.leaves[0]
+        old, leaf = decoder.value, _own_leaf(decoder, order)
         node, graph, name = old.producer(), old.graph, old.name or ""
         assert node is not None
         assert graph is not None
@@ -105,6 +107,14 @@ def unpack(found: Sequence[tuple[Decoder, ir.TensorProtocol]], names: Names) -> 
     for graph, placed in after.items():
         _reorder(graph, _in_places(graph, placed))
     discard([decoder.value for decoder, _ in found])
+
+
+def _own_leaf(decoder: Decoder, order: dict[ir.Value, int]) -> ir.Value:
+    """The leaf that is where the weight was. Those that decoders share, which may be larger, are behind all weights'
+    own, in the main graph where the weight is in a body, and no Constant nodes but in functions."""
+    nodes = [leaf for leaf in decoder.leaves if leaf.producer() is not None]
+    near = [leaf for leaf in decoder.leaves if leaf.graph is decoder.value.graph and leaf in order]
+    return next(iter(nodes), min(near, key=lambda leaf: order[leaf], default=decoder.leaves[0]))
 
 
 def _in_places(graph: ir.Graph, placed: dict[ir.Value, ir.Value]) -> Iterator[ir.Value]:

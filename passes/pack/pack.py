@@ -10,7 +10,7 @@ from ...ir.errors import UsageError
 from ...ir.files import saved_bytes
 from ...ir.opset import NoConversion, raise_opset
 from ...ir.packing.census import Census
-from ...ir.packing.choose import SMALL, TABLES, Storage, obstacle, smallest
+from ...ir.packing.choose import LEAST, SMALL, TABLES, Storage, obstacle, slow, smallest
 from ...ir.packing.decoded import decoders
 from ...ir.packing.write import Packer
 from ...ir.scopes import scopes
@@ -30,8 +30,9 @@ class PackWeights(Pass):
     the others not.
 
     Every bit survives, of -0.0, NaN and denormals too. ONNX Runtime computes the decoders once, as it loads the model,
-    in some 2 to 8 ms for each MB; it then runs the same kernels on the same numbers. With its optimizations off it
-    decodes in every run; a model that it saves optimized, or in its own format, holds dense weights again.
+    in some 1 to 8 ms for each MB; it then runs the same kernels on the same numbers. A bitmask for elements of one byte
+    takes 16, so ``auto`` leaves that. With its optimizations off it decodes in every run; a model that it saves
+    optimized, or in its own format, holds dense weights again.
 
     Weights stay dense where decoders would take what is saved, and below ``min-bytes``. ``opset=raise`` raises an
     opset that is too old for the encodings (11 for palettes and gaps, 12 for bitmasks) where they save bytes by
@@ -95,6 +96,9 @@ class PackWeights(Pass):
     def _reason(self, census: Census, storage: Storage | None) -> str:
         if self.encoding == "dense":
             return "asked to stay dense"
+        masked = smallest(census, "bitmask") if self.encoding == "auto" and slow("bitmask", census) else None
+        if masked is not None and masked.bytes + LEAST < census.bytes:
+            return f"encoding=bitmask would take {masked.bytes} bytes, but elements of one byte load slowly from it"
         if storage is None:
             return "no encoding takes it" if self.encoding == "auto" else f"{self.encoding} cannot hold it"
         if storage.bytes >= census.bytes:
