@@ -16,7 +16,8 @@ from typing import NoReturn, TypeAlias
 import onnx_ir as ir
 
 from ..ir.errors import UsageError
-from .base import Context, Pass
+from ..ir.packing.decoded import GROWTH, decoders
+from .base import Context, Effect, Pass
 from .instruments import Instrument, Step, Timing, Verify
 from .options import WORD, Quoted, Raw, read_options
 from .registry import find, named_pipeline
@@ -87,6 +88,7 @@ class Pipeline:
             step.ledger = own.ledger
             with _watched(stack, step, model):
                 require_matches(pass_, model)
+                _tell_packed(pass_, model, own)
                 pass_.run(model, own)
             done.append(step)
         return done
@@ -97,6 +99,14 @@ def require_matches(pass_: Pass, model: ir.Model) -> None:
     for key, value in vars(pass_).items():
         if isinstance(value, Selection):
             value.require_matches(model, f"{pass_.name}: {key}")
+
+
+def _tell_packed(pass_: Pass, model: ir.Model, ctx: Context) -> None:
+    """Passes that change weights see constants only; those that are packed are computed by their decoders."""
+    if pass_.effect() is Effect.LOSSY and (count := sum(decoder.saves > GROWTH for decoder in decoders(model))):
+        ctx.skip(
+            f"{count} packed weights", f"stored for loading; put unpack-weights before {pass_.name} to change them"
+        )
 
 
 @contextlib.contextmanager

@@ -676,3 +676,13 @@ def test_a_mapped_model_decodes_each_weight_when_it_is_read() -> None:
     model.graph.append(last)
     found = [node.name for node in _constants_first(model).graph]
     assert found[-2:] == ["other", "pick"]
+
+
+@pytest.mark.parametrize("later", ["prune-magnitude{sparsity=0.5}", "quantize-weights", "share-weights{bits=2}"])
+def test_passes_that_change_weights_tell_how_to_reach_packed_ones(later: str) -> None:
+    model = gather(CASES["palette"])
+    *_, last = Pipeline.parse(f"pack-weights,{later}").run(model, Context(runner=OrtRunner()))
+    assert last.ledger.skips[0].subject == "1 packed weights"
+    assert "put unpack-weights before" in last.ledger.skips[0].reason
+    *_, last = Pipeline.parse(f"unpack-weights,{later}").run(model, Context(runner=OrtRunner()))
+    assert all("packed" not in skip.subject for skip in last.ledger.skips)

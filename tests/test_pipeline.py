@@ -96,12 +96,17 @@ def samples(annotation: Any) -> list[Any]:
     if origin in (typing.Union, types.UnionType):
         return [value for argument in arguments for value in samples(argument)]
     if origin is tuple:
-        return [tuple(samples(arguments[0]))]
+        each = samples(arguments[0])
+        return [tuple(each), *((one,) for one in each)]
     if annotation is Selection:
         return [Selection(("*",))]
-    found: list[Any] = {bool: [True, False], int: [1, 2], float: [0.5, 0.25], str: ["2:4", "word"], type(None): []}[
-        annotation
-    ]
+    found: list[Any] = {
+        bool: [True, False],
+        int: [1, 2],
+        float: [0.5, 0.25],
+        str: ["2:4", "word", "logits"],
+        type(None): [],
+    }[annotation]
     return found
 
 
