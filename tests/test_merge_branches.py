@@ -477,7 +477,7 @@ def test_the_table_knows_tiny_from_wide() -> None:
     assert timed(tiny, "").ledger.changes[0].numbers["speedup"] > 1.3
     wide = together([mlp(seed, (512, 512, 512, 8)) for seed in range(2)], "merge-parallel")
     for value in wide.graph.inputs:
-        value.shape = ir.Shape([64, 512])
+        value.shape = ir.Shape([1, 512])
     ledger = timed(wide, "").ledger
     assert ledger.changes == []
     assert "apart they are as fast by the table" in ledger.skips[0].reason
