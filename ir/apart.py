@@ -86,7 +86,8 @@ def _answer(function: Callable[[bytes], bytes], given: bytes, pipe: int, seconds
         import faulthandler
         import resource
 
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it ends with the parent
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # it ends with the parent
         faulthandler.disable()  # a crash here is an answer
         signal.set_wakeup_fd(-1)  # the parent's
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -15,6 +15,7 @@ import numpy as np
 from .base import Array
 
 _BLOCK = 128  # inputs between which errors are carried at once
+_AT_ONCE = 1 << 21  # elements that are multiplied at once
 
 Take = Callable[[Array, Array], Array]  # an input for each group [G], values wanted there [G, N]; -> those taken
 
@@ -66,7 +67,10 @@ class Moments:
 
     def energy(self, rows: Array) -> Array:
         """r G rᵀ for each row r of [G, N, K], float64 [G, N]: the energy of the outputs of a weight, or of an error."""
-        return np.asarray(np.maximum(np.einsum("gnk,gnk->gn", rows @ self.gram, rows), 0))
+        step = max(1, _AT_ONCE // (rows.shape[0] * rows.shape[2]))
+        parts = (rows[:, first : first + step] for first in range(0, rows.shape[1], step))
+        found = [np.einsum("gnk,gnk->gn", part @ self.gram, part) for part in parts]
+        return np.asarray(np.maximum(np.concatenate(found, axis=1), 0))
 
     def carried(self, weight: Array, nearest: Array, take: Take) -> Array:
         """``weight`` [G, N, K], all in values that ``take`` gives, such that the outputs change little; float64.
@@ -98,9 +102,10 @@ class Moments:
         moments = self.diagonal
         ridge = np.maximum(self.damping, self._shrinkage) * moments.mean(axis=1)
         order = np.argsort(moments, axis=1, kind="stable")
-        sorted_ = np.take_along_axis(np.take_along_axis(self.gram, order[:, :, None], axis=1), order[:, None], axis=2)
-        added = np.where(ridge > 0, ridge, 1.0)[:, None, None] * np.eye(moments.shape[1])
-        return order, np.linalg.cholesky(sorted_ + added)
+        groups = np.arange(len(order))[:, None]
+        damped = self.gram[groups[:, :, None], order[:, :, None], order[:, None]]
+        damped[groups, np.arange(order.shape[1]), np.arange(order.shape[1])] += np.where(ridge > 0, ridge, 1.0)[:, None]
+        return order, np.linalg.cholesky(damped)
 
     @property
     def _shrinkage(self) -> Array:

@@ -10,8 +10,10 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
+from ..ir.trace import Use
 from .points import Array, Point, Unfit
 
+_LAYING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 _PART = 1 << 23  # elements that are multiplied at a time
 
 
@@ -101,7 +103,9 @@ class Gram(Point):
     def vectors(self, array: Array) -> Iterator[Array]:
         """The vectors in ``array``, [groups, n, K], some at a time."""
         if self.window is None:
-            moved = np.moveaxis(array, self.axis, -1)
+            if not -array.ndim <= self.axis < array.ndim and array.ndim != 1:
+                raise Unfit(f"has {array.ndim} dimensions, and so no axis {self.axis}")
+            moved = np.moveaxis(array, self.axis if array.ndim > 1 else -1, -1)
             width = moved.shape[-1]
             if moved.ndim > 2:
                 moved = moved.reshape(len(moved), -1, width)
@@ -146,6 +150,12 @@ class GramStatistic:
             )
         self.total += product
         self.count += count
+
+
+def in_its_layout(use: Use) -> bool:
+    """Whether a layer takes the elements of its weight in the order in which they are stored: of a matrix, whatever was
+    transposed, its axes tell; of a Conv's weight they do not tell the kernel's."""
+    return use.node.op_type != "Conv" or all(node.op_type not in _LAYING for node in use.path)
 
 
 def _index(parts: Iterable[Any]) -> tuple[Any, ...]:

@@ -49,6 +49,10 @@ class Timing(Instrument):
     def after(self, step: Step, model: ir.Model) -> None:
         step.seconds += time.perf_counter()
 
+    def failed(self, step: Step, model: ir.Model, error: BaseException) -> None:
+        if step.seconds < 0:  # it is what failed, not an instrument after it
+            step.seconds += time.perf_counter()
+
 
 class Verify(Instrument):
     """Holds every pass to leave a model whose invariants stand; raises ``InvalidModel`` that names the pass."""

@@ -686,3 +686,24 @@ def test_passes_that_change_weights_tell_how_to_reach_packed_ones(later: str) ->
     assert "put unpack-weights before" in last.ledger.skips[0].reason
     *_, last = Pipeline.parse(f"unpack-weights,{later}").run(model, Context(runner=OrtRunner()))
     assert all("packed" not in skip.subject for skip in last.ledger.skips)
+
+
+def test_a_weight_in_another_shape_is_no_decoder() -> None:
+    """As exporters write one weight for two layers: it is packed, stays tied, and unpacking leaves it alone."""
+    array = shared(12, 96, 48)
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["": 17]>
+        m (float[N,96] x, float[N,48] z) => (float[N,48] y, float[N,96] t)
+        <float[96,48] w = {0}, int64[2] shape = {48, 96}> {
+            y = MatMul (x, w)
+            v = Reshape (w, shape)
+            t = MatMul (z, v)
+        }"""
+    )
+    model.graph.initializers["w"].const_value = ir.Tensor(array, name="w")
+    start = text(model, digests=True)
+    assert deeds(run(model, "unpack-weights")) == {}
+    assert text(model, digests=True) == start
+    assert deeds(run(model)) == {"w": "stored as palette"}
+    assert list(deeds(run(model, "unpack-weights")).values()) == ["stored plainly again"]
+    assert text(model, digests=True) == start

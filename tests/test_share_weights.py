@@ -307,7 +307,8 @@ def test_zeros_stay_and_groups_have_values_of_their_own_where_errors_are_carried
 
 LAYERS = {
     "Conv": ("Conv <pads = [1, 1, 1, 1]> (x, w)", "float[6,8,3,3]", "float[N,8,7,7]"),
-    "depthwise": ("Conv <group = 4> (x, w)", "float[16,2,3,3]", "float[N,8,7,7]"),
+    "grouped": ("Conv <group = 4> (x, w)", "float[16,2,3,3]", "float[N,8,7,7]"),
+    "depthwise": ("Conv <group = 8> (x, w)", "float[8,1,5,5]", "float[N,8,7,7]"),
     "Gemm": ("Gemm <transB = 1> (x, w)", "float[12,64]", "float[N,64]"),
     "transposed": ("Gemm <transA = 1> (x, w)", "float[64,12]", "float[64,N]"),
     "weight first": ("MatMul (w, x)", "float[12,64]", "float[64,N]"),
@@ -364,6 +365,74 @@ def test_what_is_not_a_matrix_of_a_layer_takes_the_nearest_values_and_says_so(mo
     assert reasons["wide"] == "it takes the nearest values: its layer contracts 8 inputs, more than 7"
     assert reasons["pair"].startswith("it takes the nearest values: ")
     assert {change.subject for change in ctx.ledger.changes} == {"table", "wide", "pair"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "moved"),
+    [
+        ("float[16,8]", "axes = Constant <value_ints = [2, 3]> ()  v = Unsqueeze (w, axes)"),
+        ("float[16,8,9]", "shape = Constant <value_ints = [16, 8, 3, 3]> ()  v = Reshape (w, shape)"),
+        ("float[16,8,3,2]", "v = Transpose <perm = [0, 1, 3, 2]> (w)"),
+    ],
+)
+def test_a_kernel_that_is_laid_out_otherwise_takes_the_nearest_values(stored: str, moved: str) -> None:
+    model = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["": 17]>
+        m (float[N,8,7,7] x, {stored} w) => (float y) {{ {moved}  y = Conv (x, v) }}"""
+    )
+    w = model.graph.inputs.pop()
+    assert w.shape is not None
+    w.const_value = ir.tensor(random(*w.shape.numpy()), name="w")
+    model.graph.register_initializer(w)
+    samples = mixed(64, 8 * 49, 1).reshape(64, 8, 7, 7)
+    nearest = model.clone()
+    share(nearest, with_data(nearest, samples), bits=2, weighting="activations")
+    ctx = share(model, with_data(model, samples), bits=2, weighting="outputs")
+    assert skips(ctx)["w"] == "it takes the nearest values: it is stored in another layout than its layer takes"
+    np.testing.assert_array_equal(named(model)["w"].array(), named(nearest)["w"].array())
+
+
+def test_a_vector_that_a_matrix_is_multiplied_with() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["": 17]>
+        m (float[64] x, float[12,64] w) => (float[12] y) { y = MatMul (w, x) }"""
+    )
+    w = model.graph.inputs.pop()
+    w.const_value = ir.tensor(random(12, 64), name="w")
+    model.graph.register_initializer(w)
+    feeds = [{"x": row} for row in mixed(200, 64, 1)]
+    ctx = share(model, Context(step="share-weights", data=feeds, runner=OrtRunner()), bits=2, weighting="outputs")
+    assert ctx.ledger.changes[0].numbers["output_sqnr_db"] > 12
+
+
+def test_rows_do_not_depend_on_how_many_are_carried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for together in (1 << 21, 64 * 7, 1):
+        monkeypatch.setattr("penjing.passes.share.outputs._TOGETHER", together)
+        for options in ({"bits": 3}, {"bits": 2, "scope": "channel-group", "group": 5}):
+            model = chain(random(64, 48))
+            share(model, with_data(model, mixed(200, 64, 1)), weighting="outputs", **options)
+            found.append(named(model)["w0"].array())
+    for place in (2, 4):
+        np.testing.assert_array_equal(found[place], found[0])
+        np.testing.assert_array_equal(found[place + 1], found[1])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e-100, 1e100])
+def test_inputs_of_any_size_say_the_same(size: float) -> None:
+    found = []
+    for scale in (1.0, size):
+        model = ir.from_onnx_text(
+            """<ir_version: 8, opset_import: ["": 17]>
+            m (double[N,64] x, double[64,48] w) => (double[N,48] y) { y = MatMul (x, w) }"""
+        )
+        w = model.graph.inputs.pop()
+        w.const_value = ir.tensor(random(64, 48).astype(np.float64), name="w")
+        model.graph.register_initializer(w)
+        share(model, with_data(model, scale * mixed(200, 64, 1).astype(np.float64)), bits=2, weighting="outputs")
+        found.append(named(model)["w"].array())
+    assert np.mean(np.isclose(found[0], found[1])) > 0.99
 
 
 # Bits within bounds ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ _RATIO = 64  # of bytes decoded to bytes stored: from what lies in the file anyw
 GROWTH = 1 << 10
 """Bytes by which a file may grow where what constants give is computed ahead: packed is what takes more."""
 
+_MOVING = ("Reshape", "Cast", "Slice", "Expand")
 _ATTRIBUTES = ("axis", "exclusive", "to", "value", "saturate")
 
 
@@ -135,13 +136,22 @@ def _decoder(node: ir.Node) -> Decoder | None:
         return None
     leaves = dict.fromkeys(_leaves(node.outputs[0]))
     flat = {leaf: tensor.nbytes for leaf in leaves if (tensor := constant_tensor(leaf)) and tensor.shape.rank() == 1}
-    if _has_rounding(node.outputs[0]) or not flat:
+    if _has_rounding(node.outputs[0]) or not flat or _is_moved(node):
         return None
     ordered = sorted(flat, key=lambda leaf: -flat[leaf])
     size = math.prod(shape) * _dtype(node.outputs[0]).itemsize
     saves = int(size) - sum(flat.values())
     tables = (leaf for leaf in leaves if leaf not in flat)
     return Decoder(node.outputs[0], (*ordered, *tables), saves) if saves > 0 else None
+
+
+def _is_moved(node: ir.Node) -> bool:
+    """Whether a Reshape gives a weight of an exporter's in another shape: one that was not laid out flat."""
+    value = node.inputs[0]
+    while value is not None and (before := value.producer()) is not None and before.op_type in _MOVING:
+        value = before.inputs[0]
+    tensor = constant_tensor(value)
+    return tensor is not None and tensor.shape.rank() > 1
 
 
 def _steps(value: ir.Value) -> dict[ir.Node, None]:

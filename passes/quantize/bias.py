@@ -17,11 +17,12 @@ from ...ir.scopes import scopes
 from ...ir.trace import Use, constant
 from ...ir.view import reads
 from ...ir.weights import Weight, weights
+from ..answers import answers
 from ..base import Array, Context, Effect, Feeds, Pass, register
 from ..feeds import Some
 from ..points import Mean
 from ..selection import NOTHING, Selection, left_out
-from .original import Layer, answers, original, quantized_layers
+from .original import Layer, original, quantized_layers
 
 _CHANNELS = {"Conv": 1, "ConvTranspose": 1, "Gemm": -1, "MatMul": -1}
 """The axis of output channels."""

@@ -13,10 +13,10 @@ from ...ir.address import printable
 from ...ir.affine import U8, Grid
 from ...ir.errors import BadFile, nearest
 from ...ir.ops import operator
+from ..answers import clause
 from ..base import Context, Feeds
 from ..points import Distribution, Histogram, Point, Shape, Unanswered
 from .calibrators import Method, calibrate
-from .original import clause
 from .plan import Plan
 from .ranges import read_ranges
 from .units import Unit

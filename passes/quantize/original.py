@@ -5,11 +5,9 @@ A pass that quantizes calls ``remember`` before its first edit; passes that mend
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 
@@ -18,8 +16,7 @@ from ...ir.errors import NeedsData
 from ...ir.ops import Kind
 from ...ir.trace import Use
 from ...ir.weights import Weight, weights
-from ..base import Context, Feeds
-from ..points import Point, Unanswered
+from ..base import Context
 
 _KEY = "penjing.float"  # in a model's meta, which lives in memory only
 _PARTNER = "original"
@@ -91,22 +88,6 @@ def quantized_layers(model: ir.Model, float_model: ir.Model) -> Iterator[Layer |
                 yield address, "its weight is not a constant of floats in the float model"
             else:
                 yield Layer(address, weight, use, *found)
-
-
-def answers(
-    model: ir.Model, points: Iterable[Point], ctx: Context, data: Feeds | None = None
-) -> tuple[Mapping[Point, Any], Mapping[Point, str]]:
-    """What ``data``, else the sample data, say to ``points``; for those without an answer (NaN, say) the reason, a
-    clause without the value's name."""
-    try:
-        return ctx.runner.statistics(model, points, ctx.data if data is None else data), {}
-    except Unanswered as error:
-        return error.answers, {point: clause(reason) for point, reason in error.reasons.items()}
-
-
-def clause(sentence: str) -> str:
-    """What is wrong with a value, without its name: lines of a ledger that say the same are counted together."""
-    return "an activation " + re.sub(r"^The value '.*?' (?=holds|is|has)", "", sentence).removesuffix(".")
 
 
 def _places(model: ir.Model) -> dict[ir.Node, str]:

@@ -14,11 +14,12 @@ from ...ir.affine import Affine, Grid
 from ...ir.errors import UsageError
 from ...ir.trace import Use
 from ...ir.weights import Weight
+from ..answers import answers
 from ..base import Array, Context, Effect, Pass, register
 from ..gptq import Moments, Rows
-from ..gram import Gram, GramStatistic
+from ..gram import Gram, GramStatistic, in_its_layout
 from ..selection import NOTHING, Selection, left_out
-from .original import Layer, answers, original, quantized_layers
+from .original import Layer, original, quantized_layers
 
 _MEMORY = 256 << 20  # bytes of moments that are collected in one sweep over the data
 _DECIBELS = 200.0  # what an exact result counts as
@@ -190,7 +191,8 @@ def _obstacle(layer: Layer, limit: int) -> str | None:
     if axes is None or twins is None or weight.axes() != axes:
         return "its channel axes are not known, or its uses disagree on them"
     if node.op_type == "Conv":
-        if axes != (0, 1) or twins != (0, 1) or weight.shape != twin.shape:
+        straight = in_its_layout(layer.use) and in_its_layout(layer.twin_use)
+        if axes != (0, 1) or twins != (0, 1) or weight.shape != twin.shape or not straight:
             return "its weight is stored in another layout than Conv's"
     elif len(weight.shape) != 2 or len(twin.shape) != 2:
         return "its weight is not one matrix"

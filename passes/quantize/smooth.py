@@ -14,10 +14,10 @@ from ...ir.constants import new_constant
 from ...ir.edit import Names
 from ...ir.errors import UsageError
 from ...ir.scopes import scopes
+from ..answers import answers
 from ..base import Array, Context, Effect, Pass, register
 from ..points import Channels
 from ..selection import NOTHING, Selection, left_out
-from .original import answers
 from .seam_search import seams
 from .seams import NO_SEAM, NOT_FINITE, Part, Seam, Vertex, along, powers, reach, unevenness
 

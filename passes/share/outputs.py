@@ -13,14 +13,15 @@ from ...ir.address import addresses
 from ...ir.storage import Array
 from ...ir.trace import Use
 from ...ir.weights import Weight
+from ..answers import answers
 from ..base import Context, Feeds
 from ..gptq import Moments, Rows
-from ..gram import Gram
-from ..points import Unanswered
+from ..gram import Gram, in_its_layout
 from .clustering import Codebook
 
 _WIDEST = 4608  # inputs that a layer contracts: moments take 8 bytes times the square of that
-_MEMORY = 512 << 20  # bytes of moments that are held at a time: of the narrowest layers
+_MEMORY = 512 << 20  # bytes of moments, and their factors, that are held at a time: of the narrowest layers
+_LARGEST = 128 << 20  # bytes of a weight, which is held in memory when it has been chosen
 _TOGETHER = 1 << 21  # elements that errors are carried in at a time
 _POSITIONS = 64  # of each sample
 _LEAST = 1e-3  # of the mean energy of elements: what few inputs, all zero so far, may still meet
@@ -45,22 +46,24 @@ class Outputs:
     def apply(self, array: Array, books: Sequence[Codebook], group: int | None = None) -> Array:
         """The weight with each element one of the values of ``books``, of which there is one for each ``group`` of
         output channels, or one for all. Zeros stay zero."""
-        weight = self.rows.of(array).astype(np.float64)
-        channels = weight.shape[0] * weight.shape[1]
-        group = group or channels
-
-        def nearest(wanted: Array) -> Array:
-            flat = wanted.reshape(channels, -1)
-            parts = (flat[first : first + group] for first in range(0, channels, group))
-            found = [book.nearest(part) for book, part in zip(books, parts, strict=True)]
-            return (found[0] if len(found) == 1 else np.concatenate(found)).reshape(wanted.shape)
-
-        return self._stored(self._carried(weight, nearest), books[0])
+        weight = self.rows.of(array)
+        groups, rows, width = weight.shape
+        unit = group if group and len(books) > 1 else 1
+        step = max(1, _TOGETHER // (width * unit)) * unit if groups == 1 else rows  # rows do not depend on others
+        made = np.empty(weight.shape, books[0].values.dtype)
+        for start in range(0, rows, step):
+            part = weight[:, start : start + step].astype(np.float64)
+            nearest = books[0].nearest if len(books) == 1 else _by_rows(books[start // unit :], unit)
+            made[:, start : start + step] = self._carried(part, nearest)
+        return self.rows.back(made)
 
     def each(self, array: Array, books: Sequence[Codebook]) -> Iterator[Array]:
         """The weight with the values of one of ``books`` after another."""
         weight = self.rows.of(array).astype(np.float64)
         rows, step = weight.shape[1], max(1, _TOGETHER // max(1, weight.size))
+        if weight.size > _TOGETHER:
+            yield from (self.apply(array, [book]) for book in books)
+            return
         for first in range(0, len(books), step):
             some = books[first : first + step]
 
@@ -70,7 +73,7 @@ class Outputs:
 
             made = self._carried(np.tile(weight, (1, len(some), 1)), nearest)
             for place, book in enumerate(some):
-                yield self._stored(made[:, place * rows : (place + 1) * rows], book)
+                yield self.rows.back(made[:, place * rows : (place + 1) * rows].astype(book.values.dtype))
 
     def _carried(self, weight: Array, nearest: Callable[[Array], Array]) -> Array:
         """``weight`` in values that ``nearest`` takes for wanted ones, [G, N] or [G, N, K]; zeros stay zero."""
@@ -83,14 +86,23 @@ class Outputs:
 
         return self.moments.carried(weight, np.where(zero, 0, nearest(weight)), take)
 
-    def _stored(self, rows: Array, book: Codebook) -> Array:
-        return self.rows.back(rows).astype(book.values.dtype)
-
     def noise(self, array: Array, made: Array) -> float:
         """The energy of the error in the outputs over that of the outputs."""
-        whole, error = (self.rows.of(part).astype(np.float64) for part in (array, array.astype(np.float64) - made))
+        whole = self.rows.of(array).astype(np.float64)
         signal = float(self.moments.energy(whole).sum())
-        return float(self.moments.energy(error).sum()) / signal if signal else 0.0
+        return float(self.moments.energy(whole - self.rows.of(made)).sum()) / signal if signal else 0.0
+
+
+def _by_rows(books: Sequence[Codebook], group: int) -> Callable[[Array], Array]:
+    """A function from wanted values [G, N, ...] to the nearest, of one of ``books`` for each ``group`` of all rows."""
+
+    def nearest(wanted: Array) -> Array:
+        flat = wanted.reshape(wanted.shape[0] * wanted.shape[1], -1)
+        parts = [flat[first : first + group] for first in range(0, len(flat), group)]
+        found = [book.nearest(part) for book, part in zip(books, parts, strict=False)]
+        return (found[0] if len(found) == 1 else np.concatenate(found)).reshape(wanted.shape)
+
+    return nearest
 
 
 def outputs(
@@ -108,22 +120,21 @@ def outputs(
         rows = _rows(weight, places)
         if isinstance(rows, str):
             known[weight] = rows
-        elif (need := 8 * rows.groups * _width(weight) ** 2 * len(weight.uses)) > room:
+        elif weight.nbytes > _LARGEST:
+            known[weight] = f"it takes more than {_LARGEST >> 20} MiB"
+        elif (need := 8 * rows.groups * _width(weight) ** 2 * (len(weight.uses) + 1)) > room:
             known[weight] = f"{_MEMORY >> 20} MiB do not hold the moments of its inputs too"
         else:
             room -= need
             asked[weight] = [_point(use, weight, places) for use in weight.uses]
-    answers: Mapping[Any, Any] = {}
-    if asked:
-        points = list(dict.fromkeys(point for points in asked.values() for point in points))
-        try:
-            answers = ctx.runner.statistics(model, points, ctx.data if feeds is None else feeds)
-        except Unanswered as error:
-            answers = error.answers
-    for weight, points in asked.items():
+    if not asked:
+        return known
+    told, reasons = answers(model, dict.fromkeys(point for own in asked.values() for point in own), ctx, feeds)
+    for weight, own in asked.items():
         rows = _rows(weight, places)
         assert isinstance(rows, Rows)
-        known[weight] = _outputs(weight, rows, [answers.get(point) for point in points])
+        reason = next((reasons[point] for point in own if point in reasons), None)
+        known[weight] = reason or _outputs(weight, rows, [told[point] for point in own])
     return known
 
 
@@ -132,15 +143,16 @@ def _point(use: Use, weight: Weight, places: Mapping[Any, str]) -> Gram:
     return Gram.of(places[use.node.inputs[data]], use.node, data, weight.shape[2:], _POSITIONS)
 
 
-def _outputs(weight: Weight, rows: Rows, answers: Sequence[Any]) -> Outputs | str:
-    if any(answer is None or answer.total is None for answer in answers):
-        return "no finite sample reaches it"
-    total = np.sum([answer.total for answer in answers], axis=0)
+def _outputs(weight: Weight, rows: Rows, found: Sequence[Any]) -> Outputs | str:
+    if any(one.total is None for one in found):
+        return "no sample reaches it"
+    total = np.sum([one.total for one in found], axis=0)
     if total.shape[-1] != _width(weight):
         return "its input channels are not those of its input"
     if not total.any() or not np.isfinite(total).all():
         return "its inputs are all zero" if np.isfinite(total).all() else "its inputs are too large"
-    return Outputs(rows, Moments(total, sum(answer.count for answer in answers)))
+    scale = np.diagonal(total, axis1=1, axis2=2).mean()  # what follows asks for ratios, which may not overflow
+    return Outputs(rows, Moments(total / scale, sum(one.count for one in found)))
 
 
 def _width(weight: Weight) -> int:
@@ -154,6 +166,8 @@ def _rows(weight: Weight, places: Mapping[Any, str]) -> Rows | str:
     axes, kinds = weight.axes(), {use.node.op_identifier()[:2] for use in weight.uses}
     if None in axes or not all(_contracted(use, places) for use in weight.uses):
         return "which inputs it meets is not known"
+    if not all(in_its_layout(use) for use in weight.uses):
+        return "it is stored in another layout than its layer takes"
     if kinds == {("", "Conv")} and axes == (0, 1):
         groups = {_groups(use) for use in weight.uses}
         rows = Rows(weight.shape, 0, groups.pop()) if len(groups) == 1 else None

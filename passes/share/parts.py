@@ -125,7 +125,7 @@ def codebooks(found: Points, counts: Sequence[int], dtype: ir.DataType) -> list[
 
 
 def shared(source: Source, book: Codebook, provenance: str) -> ir.TensorProtocol:
-    """The weight with each element replaced: held where it is small, else made a block at a time when it is read."""
+    """The weight with each element replaced: held where it is small, or chosen for outputs, else made when read."""
     if source.outputs is not None:
         array = source.outputs.apply(source.tensor.numpy(), [book])
         return ir.Tensor(array, dtype=source.tensor.dtype, name=source.tensor.name)
