@@ -688,6 +688,18 @@ def test_passes_that_change_weights_tell_how_to_reach_packed_ones(later: str) ->
     assert all("packed" not in skip.subject for skip in last.ledger.skips)
 
 
+def test_encodings_by_the_type_that_they_store() -> None:
+    few, many = shared(16, 96, 48), shared(17, 96, 48)
+    half = RNG.standard_normal((96, 48)).astype(np.float16).astype(np.float32)
+    for array, encoding, word in (
+        *((few, "int4", "palette"), (many, "int4", None), (half, "fp16", "narrow"), (half, "int4", None)),
+        (RNG.standard_normal((96, 48)).astype(np.float32), "fp16", None),
+    ):
+        done = run(gather(array), f"pack-weights{{encoding={encoding}}}")
+        assert deeds(done) == ({"w": f"stored as {word}"} if word else {})
+        assert word or reasons(done)["w"] == f"{encoding} cannot hold it"
+
+
 def test_a_weight_in_another_shape_is_no_decoder() -> None:
     """As exporters write one weight for two layers: it is packed, stays tied, and unpacking leaves it alone."""
     array = shared(12, 96, 48)

@@ -25,7 +25,9 @@ SMALL = 2 << 10  # bytes of a tensor that is not worth any
 TABLES = 2 << 10  # bytes of the tables that decoders of a model share
 _SETTINGS = (Kind.SHAPE, Kind.SCALE, Kind.ZERO_POINT)
 
-WORDS = ("palette", "bitmask", "gaps", "narrow", "repeat")
+_NIBBLE = 16  # values that four bits tell apart
+
+WORDS = ("palette", "int4", "bitmask", "gaps", "narrow", "fp16", "repeat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,17 @@ def smallest(census: Census, encoding: str = "auto", opset: int | None = None) -
     found = [
         storage
         for storage in storages(census)
-        if (encoding in storage.word or (encoding == "auto" and not slow(storage.word, census)))
-        and (opset is None or storage.opset <= opset)
+        if _wanted(encoding, storage.word, census) and (opset is None or storage.opset <= opset)
     ]
     return min(found, key=lambda storage: storage.bytes + storage.overhead(), default=None)
+
+
+def _wanted(encoding: str, word: str, census: Census) -> bool:
+    if encoding == "fp16":
+        return "narrow" in word and census.narrow is ir.DataType.FLOAT16
+    if encoding == "int4":
+        return "palette" in word and census.counts is not None and len(census.counts[0]) <= _NIBBLE
+    return encoding in word or (encoding == "auto" and not slow(word, census))
 
 
 def slow(word: str, census: Census) -> bool:

@@ -27,7 +27,7 @@ class PackWeights(Pass):
     each), ``bitmask`` or ``gaps`` (the places of what is not the most frequent value; the values are then a palette
     themselves, where that is smaller), ``narrow`` (float16, bfloat16 or fewer bytes of an integer, where that loses
     nothing), ``repeat`` (one value, or a block that repeats), ``dense``. One that is named is used where it applies,
-    the others not.
+    the others not; ``int4`` is a palette of at most 16 values, ``fp16`` is narrow to float16.
 
     Every bit survives, of -0.0, NaN and denormals too. ONNX Runtime computes the decoders once, as it loads the model,
     in some 1 to 8 ms for each MB; it then runs the same kernels on the same numbers. A bitmask for elements of one byte
@@ -39,7 +39,7 @@ class PackWeights(Pass):
     it, ``keep`` takes what the opset has. unpack-weights is the way back.
     """
 
-    encoding: Literal["auto", "dense", "palette", "bitmask", "gaps", "narrow", "repeat"] = "auto"
+    encoding: Literal["auto", "dense", "palette", "int4", "bitmask", "gaps", "narrow", "fp16", "repeat"] = "auto"
     min_bytes: int = SMALL
     opset: Literal["raise", "keep"] = "raise"
     only: Selection = NOTHING
