@@ -110,7 +110,7 @@ def _with_recipe(context: click.Context, _: click.Parameter, path: str | None) -
 @click.option("-o", "--output", required=True, type=click.Path(), help="Where the result goes.")
 @click.option("--data", type=Code(or_path=True), help=DATA_HELP)
 @click.option("--check-data", type=Code(or_path=True), help="Sample inputs for the check alone; --data otherwise.")
-@click.option("--labels", type=click.Path(), help="int64 [samples] as .npy.")
+@click.option("--labels", type=click.Path(), help="Integers or text, [samples], as .npy.")
 @click.option(
     "--with",
     "partners",

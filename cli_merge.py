@@ -14,6 +14,7 @@ from .ir.address import printable
 from .ir.errors import UsageError
 
 _Command = Callable[..., None]
+_LABELS_HELP = "Their labels as .npy: numbers of classes, or their names; else the array 'labels' in the .npz."
 
 
 def _options(function: _Command) -> _Command:
@@ -186,7 +187,7 @@ def soup(
 @click.option("--weights", metavar="W,...", help="One for each model, of sum one.")
 @click.option("--normalize", is_flag=True, help="Divide by the sum of the weights.")
 @click.option("--fit", help="Sample inputs that weights or the stack are fitted on.")
-@click.option("--labels", type=click.Path(), help="Their labels as .npy: numbers of classes, or their names.")
+@click.option("--labels", type=click.Path(), help=_LABELS_HELP)
 @click.option("--outputs", multiple=True, metavar="NAME,...", help="What is combined; all outputs otherwise.")
 @click.option(
     "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
@@ -224,7 +225,7 @@ def ensemble(
         raise UsageError(
             f"--fit is for --combine weighted without --weights, and for stack; --combine {combine} has nothing to fit."
         )
-    if fitted and (fit is None or labels is None):
+    if fitted and fit is None:
         remedy = " or the weights with --weights" if combine == "weighted" else ""
         raise UsageError(f"--combine {combine} is fitted to data; give them with --fit FEEDS --labels L{remedy}.")
     names = _names(models, "ensemble")
@@ -257,7 +258,7 @@ def ensemble(
 @click.option("--route", type=click.Choice(["sample", "batch"]), help="What goes on: unsure rows, or the whole batch.")
 @click.option("--threshold", type=float, help="What is less sure goes on.")
 @click.option("--fit", help="Sample inputs that the threshold is fitted on.")
-@click.option("--labels", type=click.Path(), help="Their labels as .npy: numbers of classes, or their names.")
+@click.option("--labels", type=click.Path(), help=_LABELS_HELP)
 @click.option("--max-drop", type=float, help="The accuracy that may be lost to the second model's, for --fit.")
 @click.option("--scores", metavar="NAME", help="The output whose confidence counts; the first of floats otherwise.")
 @click.option(
@@ -291,7 +292,7 @@ def cascade(
         raise UsageError(f"penjing cascade takes two models, a small one and a big one; {len(models)} were given.")
     if threshold is not None and fit is not None:
         raise UsageError("A threshold is given or fitted; give --threshold or --fit, not both.")
-    if threshold is None and (fit is None or labels is None):
+    if threshold is None and fit is None:
         raise UsageError("Give --threshold T, or what to fit it on: --fit FEEDS --labels L --max-drop X.")
     own = _given(adapt=tuple(adapt), **{name: options.pop(name) for name in ("confidence", "route", "scores")})
     pass_ = Cascade(with_=tuple(names), threshold=threshold, max_drop=max_drop, map=tuple(mapped), **own)

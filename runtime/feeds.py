@@ -225,6 +225,8 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
         raise BadFeeds(f"There is no file {path}.") from error
     except Exception as error:
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if what.startswith("Object arrays"):
+            what = "it holds Python objects, which can run code when they are read; save text with .astype(str)"
         raise BadFeeds(f"{path} cannot be read as numpy arrays: {what}") from error
 
 

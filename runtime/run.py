@@ -103,9 +103,10 @@ def run(
     """Run ``passes`` over ``model`` in place, prove the result, and report.
 
     ``data`` and ``check_data`` are what ``--data`` takes, a mapping of arrays (first axis: samples) or a list of
-    mappings; ``labels`` int64 [samples]. Where a check, a bound or (under ``strict``) a warning fails, ``model`` stays
-    as it was, what fails alone is written into the folder ``reproducer`` if one is given, and ``BoundExceeded`` is
-    raised. Raises ``PenjingError`` of other kinds for bad input.
+    mappings; ``labels`` are integers or text, [samples], or the path of such an ``.npy``. Where a check, a bound or
+    (under ``strict``) a warning fails, ``model`` stays as it was, what fails alone is written into the folder
+    ``reproducer`` if one is given, and ``BoundExceeded`` is raised. Raises ``PenjingError`` of other kinds for bad
+    input.
     """
     bounds = Bounds(max_drop, max_error, min_sqnr)
     _require_usable(model, check, seed)

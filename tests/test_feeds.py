@@ -100,7 +100,7 @@ def test_files_that_are_not_there_or_not_numpy(add: ir.Model, tmp_path: Path) ->
     (tmp_path / "x.npz").write_bytes(b"nonsense")
     assert "x.npz cannot be read as numpy arrays" in refusal(tmp_path / "x.npz", add)
     np.savez(tmp_path / "x.npz", x=np.array([{}], object))
-    assert "cannot be read as numpy arrays: Object arrays" in refusal(tmp_path / "x.npz", add)
+    assert "cannot be read as numpy arrays: it holds Python objects" in refusal(tmp_path / "x.npz", add)
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty", add).endswith("holds neither .npz files nor ONNX test_data_set_* folders.")
 
@@ -238,6 +238,9 @@ def test_labels_are_integers_one_a_sample(add: ir.Model, tmp_path: Path) -> None
     assert feeds.labels is not None
     assert feeds.labels.tolist() == [0, 1, 2, 3, 4]
     assert refusal(data, add, labels=np.arange(4)) == "The labels are 4, and the data has 5 samples."
+    np.save(tmp_path / "objects.npy", np.array(["a", "b"], object))
+    with pytest.raises(BadFeeds, match=r"it holds Python objects, .* save text with \.astype\(str\)"):
+        read_labels(tmp_path / "objects.npy")
     with pytest.raises(BadFeeds, match=r"is float32 \[2,1\]; labels are integers, one for each sample"):
         read_labels(floats(2, 1))
 

@@ -54,7 +54,7 @@ def test_unsure_rows_go_on(parse: Parse) -> None:
 
 
 def test_no_row_and_every_row(parse: Parse) -> None:
-    for threshold, wanted in ((0.1, X), (1.1, -np.exp(X))):
+    for threshold, wanted in ((0.1, X), (1.001, -np.exp(X))):  # what a fit sets where all have to go on
         model = parse(SMALL)
         merged(model, f"cascade{{with=big threshold={threshold}}}", {"x": X}, big=parse(BIG))
         np.testing.assert_allclose(answers(model), wanted, rtol=1e-6)
@@ -92,9 +92,9 @@ def test_probabilities_get_no_softmax(parse: Parse) -> None:
     """Also zeros, whose logarithm is infinite."""
     small = """s (float[N,3] x) => (float[N,3] y) {
  t = Constant<value_floats=[0.0,0.0,200.0]>() h = Add(x,t) y = Softmax(h) }"""
-    for kind in ("max-prob", "entropy"):
+    for kind, threshold in (("max-prob", 0), ("entropy", -0.1)):
         model = parse(small)
-        merged(model, f"cascade{{with=big confidence={kind} threshold=-0.1}}", {"x": X}, big=parse(BIG))
+        merged(model, f"cascade{{with=big confidence={kind} threshold={threshold}}}", {"x": X}, big=parse(BIG))
         assert [node.op_type for node in model.graph].count("Softmax") == 1
         assert answers(model)[:, 2].tolist() == [1] * 5
 
@@ -168,6 +168,10 @@ def test_bad_input(parse: Parse) -> None:
         "with=big": "needs --data",
         "with=(big, big) threshold=0.5": "one model stands behind the first",
         "with=big threshold=nan": "is not valid",
+        "with=big threshold=1.5": "threshold=1.5 is out of range; by confidence=max-prob it is from 0 to 1.",
+        "with=big threshold=-0.5": "it is from 0 to 1",
+        "with=big confidence=margin threshold=2": "by confidence=margin it is from 0 to 1",
+        "with=big confidence=entropy threshold=0.5": "it is at most 0, for the entropy is negated: write -0.5",
         "with=big max-drop=1": "is a share of the samples",
         "with=big threshold=0.5 max-drop=0.1": "leave one out",
         "with=big threshold=0.5 scores=yy": "Did you mean 'y'",
@@ -205,10 +209,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "not both": [*paths, "--threshold", "0.5", "--fit", "x.npz"],
         "takes two models": [*paths, paths[0], "--threshold", "0.5"],
         "merges two models or more": [paths[0], "--threshold", "0.5"],
+        "is negated: write -0.5": [*paths, "--threshold", "0.5", "--confidence", "entropy"],
     }.items():
         code, text = penjing(*arguments)
         assert code, text
         assert words in text
+    code, text = penjing(*paths, "--fit", str(MODELS / "mnist-validation.npz"))  # with the labels in it
+    assert code == 0, text
+    assert "of the samples stop early" in text
 
 
 def test_the_big_model_takes_another_layout_under_another_name(parse: Parse) -> None:

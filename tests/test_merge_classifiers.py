@@ -53,6 +53,14 @@ KINDS = {
     "scores-svc": SVC(random_state=0),
     "scores-linear": LinearSVC(random_state=0),
 }
+EMBEDDED = """<ir_version: 8, opset_import: ["": 17, "ai.onnx.ml": 3]>
+m (float[N,4] x) => (string[N] label, float[N,3] sc, float[N,3] raw, float[N,3] xyz, float[N,3] mixed)
+<float[4,3] w = {1,-2,3,-1,2,0.5,0,1,-1,0.1,-0.2,0.3}, float[3,3] v = {1,2,3,4,5,6,7,8,10}> {
+ label, raw = ai.onnx.ml.LinearClassifier <classlabels_strings=[NAMES], intercepts=[0.0,0.1,0.2],
+  coefficients=[1.0,2.0,-1.0,0.5,0.3,-2.0,0.1,0.2,0.3,-0.4,0.5,0.6]> (x)
+ sc = Softmax(raw)
+ xyz = MatMul(x, w)
+ mixed = MatMul(sc, v) }"""
 NETWORK = """<ir_version: 8, opset_import: ["": 17]>
 m (float[N,4] x) => (float[N,3] logits) <float[4,3] w = {1,-2,3,-1,2,0.5,0,1,-1,0.1,-0.2,0.3}> {
  logits = MatMul(x, w) }"""
@@ -241,3 +249,28 @@ def test_kinds_of_scores_said_for_one_member() -> None:
     for scores, words in {"q=logits": "no member is called 'q'", "b=odds": "must be logits or probabilities"}.items():
         sentence = refused(ir.from_onnx_text(NETWORK), f"ensemble{{with=b scores='{scores}'}}", b=twin)
         assert words in sentence
+
+
+def test_outputs_that_are_not_scores_keep_their_order() -> None:
+    """As wide as there are classes: an embedding of the input, and one of the scores."""
+    made, other = (ir.from_onnx_text(EMBEDDED.replace("NAMES", names)) for names in ('"a","b","c"', '"c","a","b"'))
+    one = outputs(made)
+    found = classifier(Member("m", made))
+    assert [found.classes(name) for name in ("sc", "raw", "xyz", "mixed")] == [tuple("abc")] * 2 + [None] * 2
+    merged(made, "ensemble{with=b}", {"x": X}, b=other)
+    found_outputs = outputs(made)
+    turned = [1, 2, 0]
+    np.testing.assert_array_equal(found_outputs["xyz"], one["xyz"])
+    np.testing.assert_array_equal(found_outputs["mixed"], one["mixed"])
+    np.testing.assert_array_equal(found_outputs["sc"], (one["sc"] + one["sc"][:, turned]) * np.float32(0.5))
+    assert list(found_outputs) == ["label", "sc", "label_2", "raw", "xyz", "mixed"]
+
+
+def test_scores_of_pairs_have_no_names_of_classes() -> None:
+    made = model("scores-svc", NAMES, zipmap=False)
+    pairs = next(node for node in made.graph if node.op_type == "SVMClassifier").outputs[1]
+    pairs.type, pairs.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, 3])
+    made.graph.outputs.append(pairs)
+    found = classifier(Member("m", made))
+    assert found.classes(pairs.name or "") is None
+    assert found.classes(made.graph.outputs[1].name or "") == tuple(NAMES)

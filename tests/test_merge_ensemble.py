@@ -290,7 +290,7 @@ def test_bad_weights(parse: Parse) -> None:
 def test_bad_labels(parse: Parse) -> None:
     text, data = "ensemble{with=b combine=weighted}", {"x": X}
     for labels, words in {
-        None: "needs --labels",
+        None: "needs --labels, or an array 'labels' in the .npz of the data",
         (0, 1): "The labels are 2",
         (0, 1, 2, 0, 1, 2, 3): "the label 3 is none of the classes 0 to 2",
     }.items():
@@ -327,8 +327,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         "nothing to fit": ("--fit", "x.npz"),
         "is fitted to data": ("--combine", "stack"),
         "is no number": ("--combine", "weighted", "--weights", "a,b"),
-        "--labels": ("--combine", "weighted", "--fit", str(MODELS / "nothing.npz")),
+        "nothing.npz is not there": ("--combine", "weighted", "--fit", str(MODELS / "nothing.npz")),
     }.items():
         code, text = penjing(*extra)
         assert code, text
         assert words in " ".join(text.split()), text
+    fit = MODELS / "mnist-validation.npz"
+    code, text = penjing("--combine", "weighted", "--fit", str(fit))  # with the labels in it
+    assert code == 0, text
+    assert "weights fitted on 300 samples" in text
+    np.savez(tmp_path / "bare.npz", image=np.load(fit)["image"])
+    code, text = penjing("--combine", "weighted", "--fit", str(tmp_path / "bare.npz"))
+    assert code, text
+    assert "needs --labels, or an array 'labels' in the .npz" in " ".join(text.split())

@@ -29,6 +29,8 @@ _NEEDED = 13  # the first opset with ReduceSum, Squeeze and Softmax as they are 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
 _SURE = "cascade_confidence"
 _MAX_DROP = 0.003
+_RANGES = {"max-prob": (0.0, 1.0), "margin": (0.0, 1.0), "entropy": (-math.inf, 0.0)}  # of thresholds
+_BEYOND = 1e-3  # what a fitted threshold may lie outside, so that all rows go on, or none
 
 
 @register("cascade")
@@ -64,6 +66,13 @@ class Cascade(Pass):
     def validate(self) -> None:
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise UsageError(f"cascade: threshold={self.threshold} must be a finite number.")
+        least, most = _RANGES[self.confidence]
+        if self.threshold is not None and not least - _BEYOND <= self.threshold <= most + _BEYOND:
+            remedy = "at most 0, for the entropy is negated: write -0.5" if least == -math.inf else "from 0 to 1"
+            raise UsageError(
+                f"cascade: threshold={self.threshold:g} is out of range; by confidence={self.confidence} it is "
+                f"{remedy}."
+            )
         if self.max_drop is not None and not 0 < self.max_drop < 1:
             raise UsageError(f"cascade: max-drop={self.max_drop} is a share of the samples: more than 0, less than 1.")
         if self.threshold is not None and self.max_drop is not None:

@@ -25,6 +25,7 @@ _ML = "ai.onnx.ml"
 _KEYS = ("classlabels_strings", "classlabels_int64s", "classlabels_ints")
 _PASSED = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
 _NORMALIZED = ("Softmax", "Sigmoid", "HardSigmoid")
+_KEPT = (*_PASSED, *_NORMALIZED, "LogSoftmax", "Normalizer", "Exp", "Log", "Sub", "Div")
 _TRANSFORMS = ("SOFTMAX", "SOFTMAX_ZERO", "LOGISTIC", "PROBIT")
 _DEPTH = 6  # nodes between a quotient and a sum
 
@@ -42,14 +43,14 @@ class Classifier:
             return self.named[output]
         graph = self.member.model.graph
         value = next(value for value in graph.outputs if value.name == output)
-        node = _maker(value)
-        if node is not None and node.op_type == "Normalizer" and node.inputs[0] is not None:
-            node = _maker(node.inputs[0])
-        if found := _listed(node):
-            return found
-        scores = set(_behind(value))
+        columns = list(_columns(value))
+        for one in columns:
+            node = one.producer()
+            scored = node is not None and one is not node.outputs[0] and not _is_of_pairs(node)
+            if found := _listed(node if scored else _voted(one)):
+                return found
         labels = [other for other in graph.outputs if other is not value]
-        return next((found for one in labels if (found := _listed(_maker(one)) or _looked_up(one, scores))), None)
+        return next((found for one in labels if (found := _looked_up(one, set(columns)))), None)
 
 
 def classifier(member: Member) -> Classifier:
@@ -184,8 +185,8 @@ def _are_shares(node: ir.Node, weights: np.ndarray[tuple[int], np.dtype[np.float
     return bool(most.sum() <= 1.001)
 
 
-def _looked_up(label: ir.Value, scores: set[ir.Value]) -> Labels | None:
-    """The list that a label is looked up in, at the place of the largest of the scores."""
+def _looked_up(label: ir.Value, columns: set[ir.Value]) -> Labels | None:
+    """The list that a label is looked up in, at the place of the largest of what the scores are made of."""
     node = _maker(label)
     if node is None or node.op_type not in ("ArrayFeatureExtractor", "Gather") or None in node.inputs[:2]:
         return None
@@ -194,23 +195,47 @@ def _looked_up(label: ir.Value, scores: set[ir.Value]) -> Labels | None:
     tensor = None if words is None else constant_tensor(words)
     if tensor is None or chosen is None or chosen.op_type != "ArgMax" or chosen.inputs[0] is None:
         return None
-    behind = set(_behind(chosen.inputs[0]))
-    related = not behind.isdisjoint(scores) or any(not behind.isdisjoint(_above(one)) for one in scores)
-    if not related or tensor.size > 1 << 16:
+    if columns.isdisjoint(_behind(chosen.inputs[0])) or tensor.size > 1 << 16:
         return None
     if tensor.dtype == ir.DataType.STRING:
         return tuple(bytes(one).decode(errors="replace") for one in tensor.numpy().flat)
     return tuple(int(one) for one in tensor.numpy().flat) if tensor.dtype.is_integer() else None
 
 
-def _above(value: ir.Value) -> Iterator[ir.Value]:
-    """What a normalization reads: the values two nodes before, as in exp(x - logsumexp(x)) and x / sum(x)."""
-    for _ in range(2):
-        node = _maker(value)
-        if node is None or not node.inputs or node.inputs[0] is None:
-            return
+def _voted(value: ir.Value) -> ir.Node | None:
+    """The SVMClassifier between pairs of classes, where nothing else goes into the votes that each class gets."""
+    node = value.producer()
+    makers = [one.producer() for one in (node.inputs if node is not None else ()) if one is not None]
+    if node is None or node.op_type != "Add" or all(one is None or one.op_type != "Concat" for one in makers):
+        return None
+    waiting, seen, found = [value], set[ir.Value](), set[ir.Node]()
+    while waiting:
+        one = waiting.pop()
+        node = one.producer()
+        if one.is_graph_input() and one.const_value is None:
+            return None
+        if node is not None and _is_of_pairs(node):
+            found.add(node)
+        elif node is not None and one not in seen:
+            waiting += [source for source in node.inputs if source is not None]
+        seen.add(one)
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_of_pairs(node: ir.Node) -> bool:
+    """Whether the scores are decisions between two classes each, of three classes or more."""
+    counts = node.attributes.get("vectors_per_class")
+    if node.domain != _ML or node.op_type != "SVMClassifier" or node.attributes.get("prob_a") is not None:
+        return False
+    return counts is not None and len(counts.as_ints()) > 2
+
+
+def _columns(value: ir.Value) -> Iterator[ir.Value]:
+    """The value, and those whose classes it keeps: what it is a copy of, or normalized from, as in x / sum(x)."""
+    yield value
+    while (node := value.producer()) is not None and node.op_type in _KEPT and node.inputs[0] is not None:
         value = node.inputs[0]
-        yield from _behind(value)
+        yield value
 
 
 def _behind(value: ir.Value) -> Iterator[ir.Value]:

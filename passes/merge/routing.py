@@ -37,6 +37,11 @@ def confidence(algebra: Operators, scores: ir.Value, kind: Confidence, *, logits
         axes = algebra.constant(np.array([1], np.int64), "axes")
         return algebra.node("ReduceSum", [product, axes], {"keepdims": 0}, dtype, [batch])
     chances = algebra.softmax(scores, 1) if logits else scores
+    if kind == "max-prob" and logits:  # quicker than TopK; given probabilities may be partly NaN, which it passes over
+        if algebra.joined.model.opset_imports[""] < 18:
+            return algebra.node("ReduceMax", [chances], {"axes": [1], "keepdims": 0}, dtype, [batch])
+        axes = algebra.constant(np.array([1], np.int64), "axes")
+        return algebra.node("ReduceMax", [chances, axes], {"keepdims": 0}, dtype, [batch])
     count = 1 if kind == "max-prob" else 2
     top = algebra.node("TopK", [chances, algebra.constant(np.array([count], np.int64), "k")], {"axis": 1}, dtype, None)
     indices = ir.Value(type=ir.TensorType(_INT))

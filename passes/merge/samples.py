@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ...ir.address import printable
-from ...ir.errors import BadFeeds, nearest
+from ...ir.errors import BadFeeds, NeedsData, nearest
 from ..base import Array, Context
 from .classifiers import Labels
 
@@ -21,6 +21,8 @@ def labelled(
     Raises ``NeedsData`` without labels, ``BadFeeds`` where they are too few, too many or no classes, or the scores are
     not one row for each sample.
     """
+    if not ctx.has("labels"):
+        raise NeedsData(f"{step} needs --labels, or an array 'labels' in the .npz of the data; none was given.")
     labels = ctx.labels
     parts = [list(row) for row in rows]
     if not parts:
