@@ -10,8 +10,9 @@ values that all of them share. Nothing here changes the graph.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ import onnx_ir as ir
 
 from ...ir.address import printable
 from ...ir.constants import constant_tensor, is_constant
-from ...ir.ops import operator
+from ...ir.ops import is_random, operator
 from ...ir.scopes import Scope
 from ...ir.shapes import dims
 from ...ir.unify import dtype_name
@@ -30,6 +31,8 @@ Nodes: TypeAlias = "tuple[ir.Node, ...]"
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 _QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+_APART = ("ConvTranspose", "LSTM", "GRU", "RNN")  # have weights, and no rule
+_NOTHING, _COMPUTED = "nothing", "what is computed"
 _WHERE_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -61,22 +64,40 @@ class Site:
         """What the nodes set, or what their operator takes for it; ``None`` where there is no default."""
         return attributes(self.node, self.version).get(name)
 
+    @property
+    def ports(self) -> list[int]:
+        """The inputs that are there. Raises ``Unlike`` where only some branches have one."""
+        return [port for port in range(max(len(node.inputs) for node in self.nodes)) if self.has(port)]
+
     def has(self, port: int) -> bool:
-        return port < len(self.node.inputs) and self.node.inputs[port] is not None
+        """Raises ``Unlike`` where only some branches have that input."""
+        absent = self._read(port).count(None)
+        if 0 < absent < self.count:
+            raise Unlike(f"only some branches have its input {port}")
+        return not absent
 
     def constants(self, port: int) -> list[ir.TensorProtocol] | None:
         """What each branch holds there; ``None`` where one computes it."""
-        found = [constant_tensor(node.inputs[port]) for node in self.nodes]
+        found = [constant_tensor(value) for value in self._read(port)]
         return None if None in found else [tensor for tensor in found if tensor is not None]
 
     def stack(self, port: int) -> Stack:
         """What the branches read there: a stack, or one value that is the same for all. Raises ``Unlike``."""
-        read = tuple(value for node in self.nodes if (value := node.inputs[port]) is not None)
+        read = tuple(value for value in self._read(port) if value is not None)
         if read in self.stacks:
             return read
         if len(read) == self.count and len(set(read)) == 1 and not is_constant(read[0]):
             return read[:1]
-        raise Unlike(f"what it reads as input {port} is not held together with that of the other branches")
+        raise Unlike(
+            f"what it reads as input {port} is not held together with that of the other branches{self.hint(port)}"
+        )
+
+    def hint(self, port: int) -> str:
+        """What to do where an input that is computed could be a constant; for the end of a reason."""
+        return hint(self._read(port))
+
+    def _read(self, port: int) -> list[ir.Value | None]:
+        return [node.inputs[port] if port < len(node.inputs) else None for node in self.nodes]
 
     def only_output(self) -> None:
         if any(value.name for value in self.node.outputs[1:]):
@@ -168,7 +189,8 @@ def starts(scope: Scope) -> Iterator[tuple[ir.Value, list[Nodes], list[Nodes]]]:
             continue
         classes: dict[Hashable, list[ir.Node]] = {}
         for node, port in value.uses():
-            if node.graph is scope.graph and node.op_type in LAYERS and not node.domain and port == 0:
+            layer = node.op_type in LAYERS and not node.domain and len(node.inputs) > 1
+            if node.graph is scope.graph and layer and port == 0:
                 classes.setdefault(likeness(node, 0, scope.version), []).append(node)
         if sum(map(len, classes.values())) > 1:
             sets = [tuple(nodes) for nodes in classes.values()]
@@ -180,6 +202,20 @@ def quantized(scope: Scope) -> Iterator[tuple[ir.Value, int]]:
     read = [node.inputs[0] for node in scope.graph if node.op_type in _QUANTIZERS and node.inputs]
     counts = Counter(value for value in read if value is not None)
     yield from ((value, count) for value, count in counts.items() if count > 1)
+
+
+def unhandled(scope: Scope) -> Iterator[tuple[ir.Value, str, int]]:
+    """Values that several layers of a kind read for which there is no rule: the value, the kind and their number."""
+    counts: Counter[tuple[ir.Value, str]] = Counter()
+    for node in scope.graph:
+        first, second = (*node.inputs, None, None)[:2]
+        if node.domain:
+            continue
+        if node.op_type in _APART and first is not None and not is_constant(first) and is_constant(second):
+            counts[first, node.op_type] += 1
+        if node.op_type in ("MatMul", "Gemm") and is_constant(first) and second is not None and not is_constant(second):
+            counts[second, f"{node.op_type} with the weight on the left"] += 1
+    yield from ((value, kind, count) for (value, kind), count in counts.items() if count > 1)
 
 
 def _matching(values: Stack, scope: Scope, taken: set[ir.Node]) -> Iterator[Nodes]:
@@ -256,9 +292,9 @@ def likeness(node: ir.Node, port: int, version: int) -> Hashable:
     if any(one.is_ref() or one.type in _WHERE_BODIES for one in node.attributes.values()):
         return node
     plain = tuple(sorted((key, repr(value)) for key, value in attributes(node, version).items()))
-    constants = tuple(map(_kind, node.inputs))
-    side = None if operator(node).commutative and constants == constants[::-1] else port
-    return node.domain, node.op_type, side, plain, constants, tuple(bool(value.name) for value in node.outputs)
+    kinds = _kinds(node)
+    side = None if operator(node).commutative and kinds == kinds[::-1] else port
+    return node.domain, node.op_type, side, plain, kinds, tuple(bool(value.name) for value in node.outputs)
 
 
 def difference(one: ir.Node, two: ir.Node, version: int) -> str | None:
@@ -268,21 +304,52 @@ def difference(one: ir.Node, two: ir.Node, version: int) -> str | None:
         if repr(mine.get(key)) != repr(theirs.get(key)):
             sides = f"{_short(mine.get(key))}, and of '{name(two)}' {_short(theirs.get(key))}"
             return f"unlike its counterpart: its {printable(key)} is {sides}"
-    kinds = [list(map(_kind, node.inputs)) for node in (one, two)]
-    for a, b in zip(*kinds, strict=False):
+    kinds = itertools.zip_longest(_kinds(one), _kinds(two), fillvalue=_NOTHING)
+    for port, (a, b) in enumerate(kinds):
         if a != b:
-            return f"unlike its counterpart: it reads {_shown(a)}, and '{name(two)}' {_shown(b)}"
+            more = hint([*one.inputs[port : port + 1], *two.inputs[port : port + 1]])
+            return f"unlike its counterpart: as input {port} it reads {a}, and '{name(two)}' {b}{more}"
     return None
 
 
-def _kind(value: ir.Value | None) -> tuple[str, tuple[int, ...]] | None:
-    """Type and shape of a constant."""
+def _kinds(node: ir.Node) -> tuple[str, ...]:
+    """Of each input; what is left out at the end is as what is not there."""
+    kinds = list(map(_kind, node.inputs))
+    while kinds and kinds[-1] == _NOTHING:
+        kinds.pop()
+    return tuple(kinds)
+
+
+def _kind(value: ir.Value | None) -> str:
+    """Type and shape of a constant, in words; that there is nothing is something else than what is computed."""
+    if value is None:
+        return _NOTHING
     tensor = constant_tensor(value)
-    return None if tensor is None else (dtype_name(tensor.dtype), tuple(tensor.shape.numpy()))
+    return _COMPUTED if tensor is None else f"{dtype_name(tensor.dtype)} [{', '.join(map(str, tensor.shape.numpy()))}]"
 
 
-def _shown(kind: tuple[str, tuple[int, ...]] | None) -> str:
-    return "what is computed" if kind is None else f"{kind[0]} [{', '.join(map(str, kind[1]))}]"
+def hint(values: Sequence[ir.Value | None]) -> str:
+    """For the end of a reason: what would help where one of the values is computed, and of constants only."""
+    helps = any(value is not None and not is_constant(value) and _of_constants(value) for value in values)
+    return "; it depends on constants only, so fold-constants before this pass would help" if helps else ""
+
+
+def _of_constants(value: ir.Value) -> bool:
+    """False where that takes more than 64 steps to find out."""
+    waiting: list[ir.Value | None] = [value]
+    for _ in range(64):
+        if not waiting:
+            return True
+        value_or_none = waiting.pop()
+        if value_or_none is None or is_constant(value_or_none):
+            continue
+        node = value_or_none.producer()
+        if node is None or node.domain or is_random(node) or node.op_type == "DequantizeLinear":
+            return False
+        if any(attribute.type in _WHERE_BODIES for attribute in node.attributes.values()):
+            return False
+        waiting.extend(node.inputs)
+    return False
 
 
 def _short(value: object) -> str:
@@ -298,6 +365,8 @@ def rank(value: ir.Value) -> int:
     found = dims(value)
     if found is None or len(found) < 2:
         raise Unlike("it has no batch and channels of known number" if found is not None else "its shape is unknown")
+    if 0 in found:
+        raise Unlike("it has no elements")
     return len(found)
 
 

@@ -102,15 +102,19 @@ class Layer:
 def _weights(site: Site) -> list[ir.TensorProtocol]:
     found = site.constants(1)
     if found is None:
+        if site.constants(0) is not None:
+            raise Unlike("its weight is on the left")
         made = site.node.inputs[1]
         by = made.producer() if made is not None else None
         if by is not None and by.op_type == "DequantizeLinear":
             raise Unlike("its weight is quantized, and integer kernels are not made for several branches at once")
-        raise Unlike("its weight is computed as the model runs")
+        raise Unlike(f"its weight is computed as the model runs{site.hint(1)}")
     if found[0].dtype != ir.DataType.FLOAT:
         raise Unlike(f"its numbers are {dtype_name(found[0].dtype)}, and only float32 is fused")
     if any(isinstance(tensor, SparseTensor) for tensor in found):
         raise Unlike("its weight is stored sparse, and would be dense")
+    if any(tensor.size == 0 for tensor in found):
+        raise Unlike("its weight has no elements")
     return found
 
 
@@ -184,7 +188,7 @@ def _constants(site: Site, port: int) -> list[ir.TensorProtocol]:
         return []
     found = site.constants(port)
     if found is None:
-        raise Unlike(f"its input {port} is computed as the model runs")
+        raise Unlike(f"its input {port} is computed as the model runs{site.hint(port)}")
     return found
 
 
@@ -215,7 +219,7 @@ def _vector(tensor: ir.TensorProtocol, outputs: int, factor: float) -> Callable[
 
 def _elementwise(site: Site) -> Step:
     """Operands are stacks, values that all share, and constants, which are stacked too unless they are equal."""
-    places = [port for port in range(len(site.node.inputs)) if site.has(port)]
+    places = site.ports
     fixed = {port: found for port in places if (found := site.constants(port)) is not None}
     moving = {port: site.stack(port) for port in places if port not in fixed}
     each, axes = channels(site.output), rank(site.output)
@@ -243,6 +247,14 @@ def _elementwise(site: Site) -> Step:
         return form, builder.like(site.node, inputs)
 
     return Step(site.nodes, Plain(build))
+
+
+def _dropout(site: Site) -> Step:
+    """Where it does nothing. Before opset 7 an attribute said whether it trains."""
+    told = site.constants(2) if site.has(2) else []
+    if site.version < 7 or told is None or any(tensor.numpy().any() for tensor in told):
+        raise Unlike("it is a Dropout that may be told to train")
+    return _elementwise(site)
 
 
 def _all_stacks(sources: object) -> bool:
@@ -305,7 +317,7 @@ def _normalization(site: Site) -> Step:
     source = _beside(site, 3 if site.node.op_type == "InstanceNormalization" else 2)
     if site.attribute("training_mode"):
         raise Unlike("it is in training mode")
-    parts = [_constants(site, port) for port in range(1, len(site.node.inputs))]
+    parts = [_constants(site, port) for port in site.ports[1:]]
 
     def build(builder: Builder) -> tuple[Form, ir.Value]:
         form, value = builder.held(source)
@@ -371,6 +383,7 @@ _RULES: dict[str, Callable[[Site], Step]] = {
     "MatMul": _product,
     "BatchNormalization": _normalization,
     "InstanceNormalization": _normalization,
+    "Dropout": _dropout,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
     **dict.fromkeys(_POOLS, _pool),

@@ -1,8 +1,9 @@
-"""What branches are combined by at their end: sums, weighted sums and means, least and greatest, and Concat.
+"""What branches are combined by at their end: sums, weighted sums and means, and Concat.
 
 A sum of what a layer of each branch gives is that layer with the inputs of all branches beside each other and no
 groups: the last layer and the combination are one Conv. Otherwise it is a reduction over an axis of branches. Both
-add in another order than the nodes that they stand for: rounding, no more.
+add in another order than the nodes that they stand for: rounding, no more. Min and Max stay nodes of their own behind
+a Split, for they keep a NaN, and ONNX Runtime's ReduceMin and ReduceMax drop it.
 """
 
 from __future__ import annotations
@@ -19,21 +20,20 @@ from .branches import Nodes, Stack, attributes, channels, rank
 from .branches_build import Builder, Form, one_row
 from .branches_rules import Layer
 
-_KINDS: dict[str, Literal["sum", "least", "most"]] = {
-    "Add": "sum",
-    "Sum": "sum",
-    "Mean": "sum",
-    "Min": "least",
-    "Max": "most",
-}
+_SUMS = ("Add", "Sum", "Mean")
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)  # what ONNX Runtime's ReduceSum takes
+_FLOATS = (ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 @dataclass(frozen=True, eq=False)
 class Tail:
-    """``nodes`` make ``result`` of a stack; for a sum, each branch counts with its factor."""
+    """``nodes`` make ``result`` of a stack; for a sum, each branch counts with its factor.
+
+    They fit the dtype of the stack, and are 1 where that is one of integers.
+    """
 
     stack: Stack
-    kind: Literal["sum", "least", "most", "beside"]
+    kind: Literal["sum", "beside"]
     nodes: Nodes
     result: ir.Value
     factors: tuple[float, ...] = ()
@@ -44,13 +44,14 @@ class Tail:
         if self.kind == "beside":
             return value
         apart = builder.reshape(value, [-1, count, each])
-        if self.kind != "sum":
-            return _reduced(builder, "ReduceMin" if self.kind == "least" else "ReduceMax", apart)
-        factors = np.array(self.factors, np.float32)
-        if len(set(self.factors)) > 1:
+        dtype = self.stack[0].dtype
+        assert dtype is not None
+        factors = np.array(self.factors, dtype.numpy())
+        narrow = dtype == ir.DataType.FLOAT16 and set(self.factors) != {1}  # a sum might not fit where its mean does
+        if len(set(self.factors)) > 1 or narrow:
             apart = builder.node("Mul", [apart, builder.array(factors[:, None], "factors")])
-            return _reduced(builder, "ReduceSum", apart)
-        total = _reduced(builder, "ReduceSum", apart)
+            return _summed(builder, apart)
+        total = _summed(builder, apart)
         return total if factors[0] == 1 else builder.node("Mul", [total, builder.array(factors[:1], "factor")])
 
     def build_layer(self, builder: Builder, layer: Layer) -> ir.Value:
@@ -61,12 +62,11 @@ class Tail:
         return builder.rows(value, channels(self.stack[0]), one_row(self.stack))
 
 
-def _reduced(builder: Builder, op_type: str, value: ir.Value) -> ir.Value:
+def _summed(builder: Builder, value: ir.Value) -> ir.Value:
     """Over axis 1 of three."""
-    as_input = builder.scope.version >= (13 if op_type == "ReduceSum" else 18)
-    if as_input:
-        return builder.node(op_type, [value, builder.ints([1], "axes")], keepdims=0)
-    return builder.node(op_type, [value], axes=[1], keepdims=0)
+    if builder.scope.version >= 13:
+        return builder.node("ReduceSum", [value, builder.ints([1], "axes")], keepdims=0)
+    return builder.node("ReduceSum", [value], axes=[1], keepdims=0)
 
 
 def tail_of(stack: Stack, scope: Scope) -> Tail | None:
@@ -76,6 +76,12 @@ def tail_of(stack: Stack, scope: Scope) -> Tail | None:
     beside = _concat(stack, scope)
     if beside is not None:
         return beside
+    dtype = stack[0].dtype
+    if dtype in _INTEGERS:
+        gathered = _gathered(list(stack), scope)  # factors, and a division by how many there are, would round
+        return None if gathered is None else Tail(stack, "sum", tuple(gathered[0]), gathered[1], (1.0,) * len(stack))
+    if dtype not in _FLOATS:
+        return None
     parts: dict[ir.Value, float] = {}
     nodes: list[ir.Node] = []
     for value in stack:
@@ -83,18 +89,22 @@ def tail_of(stack: Stack, scope: Scope) -> Tail | None:
         parts[value if scaled is None else scaled[0].outputs[0]] = 1.0 if scaled is None else scaled[1]
         nodes += [] if scaled is None else [scaled[0]]
     gathered = _gathered(list(parts), scope)
-    if gathered is None or (nodes and gathered[0] != "sum"):
+    if gathered is None:
         return None
-    kind, combining, result = gathered
+    combining, result = gathered
     nodes += combining
     factor = 1 / len(stack) if combining[0].op_type == "Mean" else 1.0
-    while kind == "sum" and (scaled := _scaled(result, scope)) is not None:
+    while (scaled := _scaled(result, scope)) is not None:
         nodes.append(scaled[0])
         factor, result = factor * scaled[1], scaled[0].outputs[0]
-    factors = tuple(by * factor for by in parts.values()) if kind == "sum" else ()
-    if not all(map(np.isfinite, factors)):
-        return None
-    return Tail(stack, kind, tuple(nodes), result, factors)
+    factors = tuple(by * factor for by in parts.values())
+    return Tail(stack, "sum", tuple(nodes), result, factors) if _fit(factors, dtype) else None
+
+
+def _fit(factors: tuple[float, ...], dtype: ir.DataType) -> bool:
+    """Whether a dtype holds products of factors that it held one by one."""
+    limits = np.finfo(dtype.numpy())
+    return all(by == 0 or float(limits.tiny) <= abs(by) <= float(limits.max) for by in factors)
 
 
 def _only_reader(value: ir.Value, scope: Scope) -> ir.Node | None:
@@ -120,15 +130,13 @@ def _scaled(value: ir.Value, scope: Scope) -> tuple[ir.Node, float] | None:
     return node, number
 
 
-def _gathered(
-    parts: list[ir.Value], scope: Scope
-) -> tuple[Literal["sum", "least", "most"], list[ir.Node], ir.Value] | None:
-    """One node, or a row of nodes of one operator, that reads each part once."""
+def _gathered(parts: list[ir.Value], scope: Scope) -> tuple[list[ir.Node], ir.Value] | None:
+    """One node, or a row of nodes of one operator, that adds each part once; and the total."""
     pending, nodes, total = dict.fromkeys(parts), list[ir.Node](), parts[0]
     del pending[total]
     while pending:
         node = _only_reader(total, scope)
-        if node is None or node.op_type not in _KINDS or (nodes and node.op_type != nodes[0].op_type):
+        if node is None or node.op_type not in _SUMS or (nodes and node.op_type != nodes[0].op_type):
             return None
         others = [value for value in node.inputs if value is not total]
         if not others or len(others) + 1 != len(node.inputs) or len(set(others)) < len(others):
@@ -141,7 +149,7 @@ def _gathered(
             del pending[value]
         nodes.append(node)
         total = node.outputs[0]
-    return _KINDS[nodes[0].op_type], nodes, total
+    return nodes, total
 
 
 def _concat(stack: Stack, scope: Scope) -> Tail | None:

@@ -14,7 +14,7 @@ from ...ir.shapes import infer_shapes
 from ..base import Context, Effect, Pass, register
 from ..ledger import Change
 from ..selection import NOTHING, Selection, left_out
-from .branches import LAYERS, Nodes, Region, Site, Step, Unlike, name, quantized, starts
+from .branches import LAYERS, Nodes, Region, Site, Step, Unlike, name, quantized, starts, unhandled
 from .branches_costs import Decide, Verdict, verdicts
 from .branches_fuse import fuse
 from .branches_rules import rule
@@ -27,8 +27,8 @@ class FuseBranches(Pass):
     For what `ensemble` and `merge-parallel` make of members of one architecture: where layers that are built alike read
     one value, they become one, and so on forward while all branches match. Convolutions become a grouped one on
     channels side by side; matrix products a grouped 1x1 convolution over the samples. What stands between them
-    (activations, BatchNormalization, pools, sums, shapes) works on all branches at once, and a sum, mean, weighted sum,
-    minimum or maximum that ends them is part of it. Where branches end or differ they are split.
+    (activations, BatchNormalization, pools, sums, shapes) works on all branches at once, and a sum, mean or weighted
+    sum that ends them is part of it. Where branches end or differ, and before a minimum or maximum, they are split.
 
     `when=faster` fuses what a table of measured times says is faster, for one sample a run where the batch is open;
     `when=always` whatever fits. With `timing=measure` the model is timed on this machine with and without each set of
@@ -68,7 +68,7 @@ class FuseBranches(Pass):
         if ctx.ledger.changes:
             ctx.ledger.changes[:0] = timed
         if not found and not ctx.ledger.skips:
-            ctx.skip("model", "there are no branches: no value is read by two layers that are built alike")
+            ctx.skip("model", "there are no branches: no value is read by two Conv, Gemm or MatMul layers built alike")
 
     def _walk(self, model: ir.Model, ctx: Context, decide: Decide) -> int:
         """Fuse what ``decide`` says; -> how many regions there were."""
@@ -82,6 +82,8 @@ class FuseBranches(Pass):
                 continue
             for value, count in quantized(scope):
                 ctx.skip(scope.address(value), f"read by {count} quantized branches, which stay apart: on integers")
+            for value, kind, count in unhandled(scope):
+                ctx.skip(scope.address(value), f"read by {count} {kind}, which stay apart: there is no rule for these")
             for value, sets, others in starts(scope):
                 for nodes in others:
                     ctx.skip(_address(scope, nodes[0]), _alone(value, nodes[0]))
@@ -100,7 +102,7 @@ class FuseBranches(Pass):
         try:
             region = Region.grown(value, tuple(chosen), scope, self._rule)
         except Unlike as why:
-            ctx.skip(_address(scope, chosen[0]), f"{len(chosen)} like it are left apart: {why}")
+            ctx.skip(_address(scope, chosen[0]), f"it and {len(chosen) - 1} like it are left apart: {why}")
             return 0
         verdict = decide(region, scope)
         if not verdict.fused:
