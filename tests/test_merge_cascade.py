@@ -14,7 +14,7 @@ from merging import merged, refused
 from penjing.cli import main
 from penjing.ir.files import load
 from penjing.models import zoo
-from penjing.passes.merge.cascade import least_threshold
+from penjing.passes.merge.thresholds import least_threshold
 from penjing.runtime.run import run
 from penjing.runtime.session import open_session, run_feed
 
@@ -161,6 +161,16 @@ def test_thresholds() -> None:
     assert least_threshold(sure, big, big, 0.01) < 0  # the small one is never wrong
     assert least_threshold(sure, ~big, big, 0.01) > 0.98  # it is always wrong
     assert least_threshold(np.full(9, 0.5), ~big[:9], big[:9], 0.01) > 0.5  # and says nothing of it
+
+
+def test_a_threshold_lies_between_the_same_samples_whatever_the_scale_of_the_confidence() -> None:
+    rng = np.random.default_rng(0)
+    sure = rng.uniform(0.5, 1, 400)
+    small = rng.uniform(0.5, 1, 400) < sure**0.1
+    big = np.full(400, True)
+    found = [int((one < least_threshold(one, small, big, 0.01)).sum()) for one in (sure, -np.log(1 - sure), sure**9)]
+    assert 0 < found[0] < 400
+    assert len(set(found)) == 1
 
 
 def test_bad_input(parse: Parse) -> None:

@@ -24,6 +24,7 @@ from .feeding import absorbed, feed_alike
 from .plan import Plan, members, settle, tidy
 from .routing import Confidence, confidence, route
 from .samples import labelled
+from .thresholds import least_threshold
 
 _NEEDED = 13  # the first opset with ReduceSum, Squeeze and Softmax as they are used here
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16)
@@ -287,45 +288,6 @@ class Cascade(Pass):
         sentence += f", the small model {numbers['small_ms']:.3g}, the big one {numbers['big_ms']:.3g}"
         ctx.change("cascade", sentence, stop_early=stop, threshold=threshold, **numbers)
         ctx.ledger.changes.insert(0, ctx.ledger.changes.pop())  # what a cascade is judged by comes first
-
-
-def least_threshold(sure: Array, small_right: Array, big_right: Array, max_drop: float) -> float:
-    """The least threshold under which the cascade's accuracy is that of the big model less ``max_drop``, or more.
-
-    ``sure`` float64, ``small_right`` and ``big_right`` bool, all [samples]. Samples on which the big model is right and
-    the small one wrong are few, so that what is counted on those at hand says little of others: what is expected has to
-    keep to ``max_drop`` too. It is the sum of the chances of such a sample, for which a logistic curve over confidence
-    is fitted (Platt, Probabilistic outputs for support vector machines, 1999). The threshold lies between two samples.
-    """
-    order = np.argsort(sure, kind="stable")
-    values = sure[order]
-    lost = big_right & ~small_right
-    # With the first k rows sent on the big model is right on those, the small one on the others.
-    sent = np.concatenate([[0], np.cumsum(big_right[order])])
-    stayed = np.concatenate([np.cumsum(small_right[order][::-1])[::-1], [0]])
-    expected = np.concatenate([np.cumsum(_chances(values, lost[order])[::-1])[::-1], [0]]) / len(sure)
-    enough = ((sent + stayed) / len(sure) >= big_right.mean() - max_drop - 1e-9) & (expected <= max_drop)
-    for count in np.flatnonzero(enough[:-1]):
-        if count == 0:
-            return float(np.float32(values[0] - max(abs(values[0]), 1e-3) * 1e-3))
-        middle = float(np.float32((values[count - 1] + values[count]) / 2))
-        if values[count - 1] < middle <= values[count]:
-            return middle
-    return float(np.float32(values[-1] + max(abs(values[-1]), 1e-3) * 1e-3))
-
-
-def _chances(values: Array, lost: Array) -> Array:
-    """The chance of a loss for each value, by Newton's method; Platt's targets keep it finite where none was lost."""
-    scaled = (values - values.mean()) / (values.std() or 1.0)
-    columns = np.stack([np.ones_like(scaled), scaled], axis=1)
-    count = int(lost.sum())
-    targets = np.where(lost, (count + 1) / (count + 2), 1 / (len(lost) - count + 2))
-    weights = np.array([math.log(targets.mean() / (1 - targets.mean())), 0.0])
-    for _ in range(100):
-        chances = 1 / (1 + np.exp(-np.clip(columns @ weights, -50, 50)))
-        curvature = (columns * (chances * (1 - chances))[:, None]).T @ columns + 1e-9 * np.eye(2)
-        weights -= np.clip(np.linalg.solve(curvature, columns.T @ (chances - targets)), -2, 2)
-    return np.asarray(1 / (1 + np.exp(-np.clip(columns @ weights, -50, 50))))
 
 
 @dataclass
