@@ -17,9 +17,9 @@ from penjing.ir.errors import NeedsData
 from penjing.ir.files import load, saved_bytes
 from penjing.ir.text import text
 from penjing.ir.verify import verify
-from penjing.passes.base import Context
+from penjing.passes.base import Context, Pass
 from penjing.passes.judge import Bars, Fidelity, Judge
-from penjing.passes.quantize.auto import QuantizeAuto
+from penjing.passes.quantize.auto import EVENING, QuantizeAuto
 from penjing.runtime.kernels import kernels
 from penjing.runtime.session import OrtRunner
 
@@ -73,6 +73,31 @@ def test_the_layer_that_does_harm_is_lifted_and_named() -> None:
     assert "n2" in lifted
     assert "n4" not in lifted
     assert kernels(work).fused >= 1
+
+
+def uneven(reach: int = 5) -> ir.Model:
+    """Channels that reach from 2^-5 to 2^5 where they are made, and are read by as much less: folded BatchNorms."""
+    net = Net()
+    factors = np.exp2(net.rng.integers(-reach, reach + 1, 32)).astype(np.float32)[:, None, None, None]
+    made = net.rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17 * factors
+    read = net.rng.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17 / factors.swapaxes(0, 1)
+    value = net.op("Relu", net.op("Conv", "x", net.constant(made), pads=[1] * 4))
+    value = net.op("Relu", net.op("Conv", value, net.constant(read), pads=[1] * 4))
+    net.op("Conv", value, net.weight(32, 32, 3, 3), pads=[1] * 4)
+    return net.model([1, 32, 24, 24])
+
+
+@pytest.mark.parametrize("pass_", EVENING, ids=str)
+def test_channels_of_unlike_reach_are_evened_out(pass_: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale for all of them is noise to the small ones; so the whole model would have to stay in float."""
+    monkeypatch.setattr("penjing.passes.quantize.auto.EVENING", (pass_,))
+    model, data = uneven(), feeds(1, 32, 24, 24)
+    static, _ = quantized(model, data, target="any")
+    assert sqnr(model, static, data) < 10
+    work, ctx = auto(model, data)
+    assert sqnr(model, work, data) >= 20
+    assert kernels(work).fused == 3
+    assert any(change.subject == "search" and change.what.startswith(pass_.name) for change in ctx.ledger.changes)
 
 
 def test_where_nothing_gains_the_model_stays_as_it_was() -> None:

@@ -14,6 +14,7 @@ from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..judge import Bars
 from ..ledger import Change
 from .candidates import TRIED, Bench, Candidate, Subject, copy
+from .equalize import Equalize
 from .filters import REASON
 from .lifting import Lifting
 from .plan import Plan, sizes_of
@@ -30,9 +31,10 @@ class QuantizeAuto(Pass):
 
     Each layer is treated in the fastest way that the cost table knows: on integers with ranges from the data, on
     integers with ranges taken in each run, or in float with its weights stored in 8 bits. Where the outputs are then
-    too far from those of the float model, on the same data, other calibrators are tried, smoothing, adaptive rounding
-    and corrected biases, and then the layers that do most harm for what they gain are lifted to float, until the bounds
-    hold: with weights of 8 bits, of 16 where that does too much harm, or as they were. The ledger says which, and why.
+    too far from those of the float model, on the same data, other calibrators are tried, smoothing and equalizing,
+    adaptive rounding and corrected biases, and then the layers that do most harm for what they gain are lifted to
+    float, until the bounds hold: with weights of 8 bits, of 16 where that does too much harm, or as they were. The
+    ledger says which, and why.
 
     With a metric its loss is at most `max-drop`. Without one, every float output has an SQNR of at least `min-sqnr`
     dB, and the largest entry of each row of an output [N, classes], and every entry of an integer output, is the same
@@ -86,7 +88,7 @@ class Search:
 
     bench: Bench
     trail: list[str] = field(default_factory=list)  # what was tried, for the ledger
-    smoothing: list[Change] = field(default_factory=list)
+    scaling: list[Change] = field(default_factory=list)  # between layers, so that their channels are even
 
     def run(self) -> Candidate | None:
         """The best choice that holds the bounds; None where the model had better stay as it is."""
@@ -94,15 +96,17 @@ class Search:
         best = self._found()
         if best.good and self.bench.gains(best):
             return best
-        self.bench.subject, self.smoothing = prepared, []
+        self.bench.subject, self.scaling = prepared, []
         plain = self.bench.whole(Choice(default=Treatment.FLOAT))  # cleaned only, its activations fused
         return plain if plain.good and self.bench.gains(plain) else None
 
     def _found(self) -> Candidate:
         layers, kept = self.bench.subject.layers, self.bench.is_kept
         best = self._calibrated(Choice({address: Treatment.FLOAT for address, node in layers.items() if kept(node)}))
+        if best.distance > _COMFORT:
+            best = self._evened(best)
         if _COMFORT < best.distance <= _FAR:
-            best = self._mended(self._smoothed(best))
+            best = self._mended(best)
         if best.distance <= 1:
             return best
         mending_helps = best.choice.mended
@@ -121,20 +125,26 @@ class Search:
         self.trail.append(f"calibrator {best.choice.calibrator}: {best.fidelity}")
         return best
 
-    def _smoothed(self, best: Candidate) -> Candidate:
-        """The same with outliers moved into weights, if that helps."""
-        bench, own = self.bench, self.bench.ctx.for_step("smooth")
-        plain, smooth = bench.subject, copy(bench.subject.model)
-        Smooth().run(smooth, own)
+    def _evened(self, best: Candidate) -> Candidate:
+        """The same with channels evened out, by what was seen of activations and by the weights, where that helps."""
+        for pass_ in EVENING:
+            best = self._rescaled(pass_, best)
+        return best
+
+    def _rescaled(self, pass_: Pass, best: Candidate) -> Candidate:
+        """The same after ``pass_``, which moves scales between layers, if that brings it nearer."""
+        bench, own = self.bench, self.bench.ctx.for_step(pass_.name)
+        plain, scaled = bench.subject, copy(bench.subject.model)
+        pass_.run(scaled, own)
         if not own.ledger.changes:
             return best
-        some = Subject.of(smooth, bench.ctx, TRIED)
+        some = Subject.of(scaled, bench.ctx, TRIED)
         if bench.tried(best.choice, some, TRIED).distance < bench.tried(best.choice, runs=TRIED).distance:
-            bench.subject = Subject.of(smooth, bench.ctx)
+            bench.subject = Subject.of(scaled, bench.ctx)
             found = bench.whole(best.choice)
             if found.distance < best.distance:
-                self.smoothing = own.ledger.changes
-                self.trail.append(f"smooth: {found.fidelity}")
+                self.scaling += own.ledger.changes
+                self.trail.append(f"{pass_.name}: {found.fidelity}")
                 return found
         bench.subject = plain
         return best
@@ -157,7 +167,7 @@ class Search:
         for line in self.trail:
             ctx.change("search", line)
         ctx.change("outputs", f"in the end: {found.fidelity}")
-        ledger.changes += [*bench.preparation.ledger.changes, *self.smoothing]
+        ledger.changes += [*bench.preparation.ledger.changes, *self.scaling]
         figures = self._figures()
         for address, role in found.treated.static.items():
             if role is Role.LAYER:
@@ -211,5 +221,7 @@ class Search:
         return {address: reasons[address] for address in subject.layers if address in reasons}
 
 
+EVENING = (Smooth(), Equalize())
+
 _COMFORT = 0.4  # of what is allowed: with less harm than this nothing else is tried
-_FAR = 3.0  # of what is allowed: mending what computes the same as before does not bring nearer what is further away
+_FAR = 3.0  # of what is allowed: rounding otherwise does not bring nearer what is further away
