@@ -46,6 +46,19 @@ def _sharing(function: _Command) -> _Command:
     return share(separate(function))
 
 
+def _mapping(function: _Command) -> _Command:
+    mapped = click.option(
+        "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
+    )
+    adapt = click.option(
+        "--adapt",
+        multiple=True,
+        type=click.Choice(["cast", "reshape", "transpose"]),
+        help="Allow an adapter where an input does not fit.",
+    )
+    return mapped(adapt(function))
+
+
 @click.command()
 @click.argument("models", nargs=-1, type=click.Path())
 @click.option(
@@ -189,15 +202,7 @@ def soup(
 @click.option("--fit", help="Sample inputs that weights or the stack are fitted on.")
 @click.option("--labels", type=click.Path(), help=_LABELS_HELP)
 @click.option("--outputs", multiple=True, metavar="NAME,...", help="What is combined; all outputs otherwise.")
-@click.option(
-    "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
-)
-@click.option(
-    "--adapt",
-    multiple=True,
-    type=click.Choice(["cast", "reshape", "transpose"]),
-    help="Allow an adapter where an input does not fit.",
-)
+@_mapping
 @click.option("--classes", multiple=True, metavar="MODEL=2 0 1", help="The order of a model's classes.")
 @click.option("--scores", multiple=True, metavar="KIND", help="logits or probabilities; MODEL=KIND of one model.")
 @click.option("--solver", type=click.Choice(["least-squares", "logistic"]), help="What fits the stack.")
@@ -261,15 +266,7 @@ def ensemble(
 @click.option("--labels", type=click.Path(), help=_LABELS_HELP)
 @click.option("--max-drop", type=float, help="The accuracy that may be lost to the second model's, for --fit.")
 @click.option("--scores", metavar="NAME", help="The output whose confidence counts; the first of floats otherwise.")
-@click.option(
-    "--map", "mapped", multiple=True, metavar="INPUT=MODEL/INPUT", help="Which input of the first feeds which."
-)
-@click.option(
-    "--adapt",
-    multiple=True,
-    type=click.Choice(["cast", "reshape", "transpose"]),
-    help="Allow an adapter where an input does not fit.",
-)
+@_mapping
 @_options
 def cascade(
     context: click.Context,

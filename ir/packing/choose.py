@@ -24,10 +24,7 @@ LEAST = 1 << 10  # bytes: what saves less is not worth its nodes
 SMALL = 2 << 10  # bytes of a tensor that is not worth any
 TABLES = 2 << 10  # bytes of the tables that decoders of a model share
 _SETTINGS = (Kind.SHAPE, Kind.SCALE, Kind.ZERO_POINT)
-
 _NIBBLE = 16  # values that four bits tell apart
-
-WORDS = ("palette", "int4", "bitmask", "gaps", "narrow", "fp16", "repeat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +74,8 @@ def storages(census: Census) -> Iterator[Storage]:
 def smallest(census: Census, encoding: str = "auto", opset: int | None = None) -> Storage | None:
     """The smallest of them; None where there is none.
 
-    ``encoding``: one of ``WORDS``, which it then uses, or ``auto``: of all but those that are ``slow``; ``opset``: the
-    newest that it may need.
+    ``encoding``: a word of ``pack-weights``, which it then uses, or ``auto``: of all but those that are ``slow``;
+    ``opset``: the newest that it may need.
     """
     found = [
         storage

@@ -182,6 +182,8 @@ def _layer(step: Step, count: int, table: Table) -> tuple[float, float]:
         layer.image and len(layer.source) == 1
     ):  # one wide convolution: hardly faster, and what the grids hold is grouped
         return (table.times(kind, count, math.sqrt(inputs * outputs), pixels, work)[0],) * 2
-    if len(layer.source) > 1 and (packed * outputs % BLOCK or packed * inputs % BLOCK):
+    whole = not (packed * outputs % BLOCK or packed * inputs % BLOCK)
+    wasteful = packed > 2 and packed * max(outputs, inputs) > BLOCK  # most of what such a group multiplies by is zero
+    if len(layer.source) > 1 and (wasteful or not whole):
         kind += " of odd width"
     return table.times(kind, count, math.sqrt(inputs * outputs), pixels, work)
