@@ -515,6 +515,27 @@ def test_a_clip_that_no_power_of_two_ends_with_stays_float() -> None:
     assert sqnr(model, work, data) > 25
 
 
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_mean_over_pixels_is_pooled_on_integers(opset: int, keepdims: int) -> None:
+    """As exporters write adaptive pooling, and the squeeze of a squeeze-and-excitation block."""
+    net = Net()
+    value = net.op("Relu", net.op("Conv", "x", net.weight(32, 32, 3, 3), pads=[1] * 4))
+    if opset < 18:
+        mean = net.op("ReduceMean", value, axes=[-1, 2], keepdims=keepdims)
+    else:
+        mean = net.op("ReduceMean", value, net.constant(np.array([-1, 2])), keepdims=keepdims)
+    if keepdims:
+        net.op("Conv", mean, net.weight(32, 32, 1, 1))
+    else:
+        net.op("Gemm", mean, net.weight(32, 32))
+    model, data = net.model([2, 32, 24, 24], opset), feeds(2, 32, 24, 24)
+    work, _ = quantized(model, data, target="any")
+    assert kernels(work).integer["QLinearGlobalAveragePool"] == 1
+    assert kernels(work).fused == 2
+    assert sqnr(model, work, data) > 30
+
+
 @pytest.mark.parametrize("shape", [(1, 32), (32,), (1,), (), (1, 1)])
 @pytest.mark.parametrize("turned", [0, 1])
 def test_the_bias_of_a_gemm_becomes_flat(shape: tuple[int, ...], turned: int) -> None:

@@ -50,7 +50,7 @@ def prepare(model: ir.Model, ctx: Context) -> None:
         for node in scope.graph:
             _type_body(node)
     own = ctx.for_step(ctx.step)
-    rewrite(model, [flat_bias], own)
+    rewrite(model, [flat_bias, pooled_mean], own)
     ctx.ledger.changes += own.ledger.changes
     names = Names(model)
     for scope in scopes(model):
@@ -80,6 +80,20 @@ def flat_bias(tape: Tape, node: ir.Node, x: ir.Value, w: ir.Value, bias: ir.Valu
         return None
     row = np.broadcast_to(array.reshape(-1), (channels,)).copy()
     return tape.Gemm(x, w, tape.constant(row, instead_of=bias), **attributes(node))  # type: ignore[no-any-return]
+
+
+@rule("node @ ReduceMean(x, *rest)")
+def pooled_mean(tape: Tape, node: ir.Node, x: ir.Value, rest: tuple[ir.Value | None, ...]) -> Replacement:
+    """A mean over the pixels of images becomes GlobalAveragePool, which has an integer kernel."""
+    given = constant_array(rest[0]) if rest else attribute(node, "axes")
+    sizes = dims(x)
+    if given is None or sizes is None or len(sizes) != 4 or x.dtype is not ir.DataType.FLOAT:
+        return None
+    if sorted(axis % 4 for axis in given) != [2, 3]:
+        return None
+    mean: ir.Value = tape.GlobalAveragePool(x)
+    mean.type, mean.shape = x.type, ir.Shape([*sizes[:2], 1, 1])
+    return mean if attribute(node, "keepdims", 1) else tape.Flatten(mean, axis=1)  # type: ignore[no-any-return]
 
 
 def known_shapes(model: ir.Model) -> frozenset[str]:
