@@ -114,8 +114,10 @@ class Gram(Point):
             step = max(1, _PART // max(1, width))
             yield from (rows[:, start : start + step] for start in range(0, rows.shape[1], step))
         else:
-            for sample in array:
-                yield self.window.patches(sample, self.positions)
+            step = max(1, _PART // max(1, self.positions * array.shape[1] * math.prod(self.window.kernel)))
+            for start in range(0, len(array), step):
+                patches = [self.window.patches(sample, self.positions) for sample in array[start : start + step]]
+                yield np.concatenate(patches, axis=1)
 
 
 class GramStatistic:

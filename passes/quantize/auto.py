@@ -162,8 +162,7 @@ class Search:
     def tell(self, found: Candidate) -> None:
         """What became of each layer, and why."""
         bench, ctx = self.bench, self.bench.ctx
-        own, ledger, layers = ctx.for_step(ctx.step), ctx.ledger, bench.subject.layers
-        bench.treat(found.choice, own)
+        ledger, layers = ctx.ledger, bench.subject.layers
         for line in self.trail:
             ctx.change("search", line)
         ctx.change("outputs", f"in the end: {found.fidelity}")
@@ -175,7 +174,7 @@ class Search:
                 ctx.change(address, how, **figures.get(address, {}))
         if others := sum(role is not Role.LAYER for role in found.treated.static.values()):
             ctx.change("neighbours", f"{others} operators between layers on integers too")
-        ledger.changes += own.ledger.changes
+        ledger.changes += found.treated.ledger.changes
         reasons = self._reasons() | self._lifted(found)
         for address in bench.subject.addresses():
             if address in reasons and address not in {*found.treated.static, *found.treated.dynamic}:
@@ -188,7 +187,7 @@ class Search:
             return dict.fromkeys(layers, "on integers the model would gain nothing within the bounds")
         kept = [address for address in treatments if address in layers and bench.is_kept(layers[address])]
         fastest = Choice(dict.fromkeys(kept, Treatment.FLOAT), calibrator=found.choice.calibrator)
-        fast = bench.treat(fastest, bench.ctx.for_step(bench.ctx.step))
+        fast = bench.treat(fastest)
         integer, reasons = {*fast.static, *fast.dynamic}, dict[str, str]()
         for address, treatment in treatments.items():
             if address in kept:

@@ -93,7 +93,7 @@ class Bench:
 
     def tried(self, choice: Choice, subject: Subject | None = None, runs: int | None = None) -> Candidate:
         """What a choice makes, judged on all feeds, or about ``runs`` of them, without the metric."""
-        treated = self.treat(choice, self.ctx.for_step(self.ctx.step), subject)
+        treated = self.treat(choice, subject)
         return self._candidate(choice, treated, self.judge.fidelity(treated.model, runs=runs, metric=False))
 
     def calibrated(self, choice: Choice) -> Choice:
@@ -105,20 +105,20 @@ class Bench:
 
     def whole(self, choice: Choice) -> Candidate:
         """What a choice makes, judged on all feeds and by the metric."""
-        treated = self.treat(choice, self.ctx.for_step(self.ctx.step))
+        treated = self.treat(choice)
         return self._candidate(choice, treated, self.judge.fidelity(treated.model))
 
-    def treat(self, choice: Choice, ctx: Context, subject: Subject | None = None) -> Treated:
-        """The model that a choice makes; ``ctx`` takes the ledger."""
-        subject = subject or self.subject
-        treated = treat(subject.model, choice, subject.observed, self.grids, self.costs, ctx)
+    def treat(self, choice: Choice, subject: Subject | None = None) -> Treated:
+        """The model that a choice makes."""
+        subject, own = subject or self.subject, self.ctx.for_step(self.ctx.step)
+        treated = treat(subject.model, choice, subject.observed, self.grids, self.costs, own)
         forget_shapes(treated.model, self.known)
         return treated
 
     def noise(self, choice: Choice) -> float:
         """What a choice puts into the outputs, by a ``Meter``."""
         self.meter = self.meter or Meter(self.subject.model, self.judge, TRIED)
-        return self.meter.noise(self.treat(choice, self.ctx.for_step(self.ctx.step)).model)
+        return self.meter.noise(self.treat(choice).model)
 
     def gains(self, candidate: Candidate) -> bool:
         """Whether it is smaller than the original, or as large and faster by the table."""

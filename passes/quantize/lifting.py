@@ -50,7 +50,7 @@ class Lifting:
         Each is measured while all others are in float.
         """
         start, bench = self.start, self.bench
-        base, floor = bench.treat(start, bench.ctx.for_step(bench.ctx.step)), bench.noise(lifted.choice)
+        base, floor = bench.treat(start), bench.noise(lifted.choice)
         groups = []
         for part in _parts(self.units):
             forced = frozenset(address for address in part if address in base.static)

@@ -33,11 +33,12 @@ ALIKE = "ranges rest on samples that are all the same, and others may go beyond 
 @dataclass(slots=True)
 class Observed:
     """What is known of activations, by address: how their numbers are distributed, the sizes of the largest run, and
-    of others why nothing is known."""
+    of others why nothing is known; and from how many ``samples``."""
 
     distributions: dict[str, Distribution] = field(default_factory=dict)
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
 
     def take(self, address: str, found: Distribution | None, grid: Grid) -> None:
         """Keep what was found of a value, or why it is not to become integers of ``grid``."""
@@ -79,8 +80,9 @@ def observe(plan: Plan, ctx: Context, grid: Grid = U8, feeds: Feeds | None = Non
             observed.sizes[address] = shape.fullest
         if address not in observed.reasons:
             observed.take(address, found, grid)
-    samples = max((answers[point].seen for point in points if isinstance(point, Shape) and point in answers), default=0)
-    if plan.values and (doubt := doubts(ctx.data, samples)):
+    shapes = (answers[point] for point in points if isinstance(point, Shape) and point in answers)
+    observed.samples = max((shape.seen for shape in shapes), default=0)
+    if plan.values and (doubt := doubts(ctx.data, observed.samples)):
         ctx.warn(f"{doubt}.")
     return observed
 

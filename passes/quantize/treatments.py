@@ -17,6 +17,8 @@ from ...ir.edit import Names
 from ...ir.ops import Kind, operator
 from ...ir.scopes import Scope, scopes
 from ..base import Context
+from ..feeds import Some
+from ..ledger import Ledger
 from ..selection import Selection
 from .bias import CorrectBias
 from .calibrators import Method
@@ -32,6 +34,7 @@ from .units import Role, Unit, is_layer
 from .weights import QuantizeWeights
 
 GRIDS: dict[Grid, Literal["s8", "s8-7bit", "u8"]] = {S8: "s8", S8_7BIT: "s8-7bit", U8: "u8"}
+_SAMPLES = 128  # by which layers are rounded, each at 64 places: many times what it takes to tell their inputs apart
 _GAIN = 0.9  # of the time in float, under which a dynamic product is worth its rounding
 
 
@@ -67,12 +70,13 @@ class Choice:
 @dataclass(frozen=True)
 class Treated:
     """A model with what of it is on integers, by address: ``static`` units with ranges from the data, each with its
-    role, and ``dynamic`` layers that take them anew in each run."""
+    role, and ``dynamic`` layers that take them anew in each run; ``ledger`` tells what was done to the others."""
 
     model: ir.Model
     static: dict[str, Role]
     dynamic: list[str]
     cost: float  # predicted nanoseconds of a run, of what could be on integers
+    ledger: Ledger
 
 
 def layers(model: ir.Model) -> dict[str, ir.Node]:
@@ -92,7 +96,7 @@ def _has_table(node: ir.Node) -> bool:
 
 
 def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, costs: Costs, ctx: Context) -> Treated:
-    """A copy of the prepared ``model`` in which each layer is treated as ``choice`` says; ``ctx`` takes the ledger."""
+    """A copy of the prepared ``model``, each layer treated as ``choice`` says; the ledger of ``ctx`` is empty."""
     work = model.clone()
     work.meta.update(model.meta)
     remember(work)
@@ -110,9 +114,19 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
         ToFloat16(only=_named(by[Treatment.HALF])).run(work, ctx)
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
     if choice.mended:
-        for pass_ in (RoundAdaptively(positions=64), CorrectBias(sweeps=4)):
-            pass_.run(work, ctx)
-    return Treated(work, static, dynamic, cost)
+        _mend(work, observed.samples, ctx)
+    return Treated(work, static, dynamic, cost, ctx.ledger)
+
+
+def _mend(model: ir.Model, samples: int, ctx: Context) -> None:
+    """Round adaptively, by about ``_SAMPLES`` of the ``samples``, and correct biases by all."""
+    runs = getattr(ctx.data, "runs", None)
+    some = ctx.data if runs is None or not samples else Some(ctx.data, math.ceil(runs * min(1, _SAMPLES / samples)))
+    own = ctx.replaced(data=some)
+    RoundAdaptively(positions=64).run(model, own)
+    ctx.ledger.changes += own.ledger.changes
+    ctx.ledger.skips += own.ledger.skips
+    CorrectBias(sweeps=4).run(model, ctx)
 
 
 def place(
