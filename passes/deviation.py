@@ -115,9 +115,10 @@ class Deviation:
         self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
         self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
         self._by_channel(power, noise)
-        if signal.ndim == 2 and signal.shape[1] > 1 and not _are_directions(signal):
-            self.rows += len(signal)
-            self.same += int((signal.argmax(1) == other.argmax(1)).sum())
+        if signal.ndim > 1 and signal.shape[-1] > 1 and _are_scores(signal):
+            same = signal.argmax(-1) == other.argmax(-1)
+            self.rows += same.size
+            self.same += int(same.sum())
 
     def _by_channel(self, power: Array, noise: Array) -> None:
         for axis in range(1, power.ndim) if power.ndim > 2 else ():
@@ -146,9 +147,15 @@ def _classes(runs: Sequence[tuple[Array, Array, Array]]) -> list[Energies]:
     return [Energies(signal[:, part].sum(1), noise[:, part].sum(1)) for part in (order[:place], order[place:])]
 
 
-def _are_directions(rows: Array) -> bool:
-    """Whether each row has length 1, as embeddings have, and no scores of classes: their largest entry says nothing."""
-    return bool(np.all(np.abs(np.square(rows).sum(1) - 1) < 1e-3)) and bool((rows < 0).any())
+def _are_scores(array: Array) -> bool:
+    """Whether the last axis holds scores of classes, of which the largest counts.
+
+    So it is taken to be in [N, classes], but for rows of length 1 that hold negative numbers, as embeddings have; with
+    more axes, those of a tagger say, where each row holds probabilities that sum to 1.
+    """
+    if array.ndim > 2:
+        return bool((array >= 0).all()) and bool(np.all(np.abs(array.sum(-1) - 1) < 1e-3))
+    return not (np.all(np.abs(np.square(array).sum(1) - 1) < 1e-3) and (array < 0).any())
 
 
 def _decibels(ratio: float) -> float:

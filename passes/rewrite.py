@@ -253,12 +253,13 @@ class _Rewriter:
                     value.name = self.names.fresh(f"{tape.root.name or tape.root.op_type}_{node.op_type}")
 
     def names_of_nodes(self, tape: Tape, found: tuple[ir.Value | None, ...]) -> None:
-        """The node that takes the root's place takes its name and metadata; others are named after it."""
+        """The node that takes the root's place takes its metadata, and its name if the rule gave none; others are named
+        after it."""
         root = tape.root
         heir = next((value.producer() for value in found if value is not None and value.producer() in tape.nodes), None)
         for place, node in enumerate(tape.nodes):
             if node is heir:
-                node.name = root.name
+                node.name = node.name or root.name
                 node.metadata_props.update(root.metadata_props)
             elif node.name is None:
                 node.name = f"{root.name or root.op_type}_{node.op_type}_{place}"

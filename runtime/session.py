@@ -225,8 +225,18 @@ def run_feed(
             raw = session.run_with_ort_values(unreadable, values, options)
             found |= {name: _array(value) for name, value in zip(unreadable, raw, strict=True)}
     except Exception as error:
-        raise DoesNotRun(f"{place} fails: {_reason(error)}" if place else _reason(error)) from error
+        reason = f"{_reason(error)}{_hint(session, feed)}"
+        raise DoesNotRun(f"{place} fails: {reason}" if place else reason) from error
     return {name: found[name] for name in names}
+
+
+def _hint(session: InferenceSession, feed: Mapping[str, Any]) -> str:
+    """What to try where several samples ran together, and each input leaves open how many."""
+    counts = {array.shape[0] if isinstance(array, np.ndarray) and array.ndim else 0 for array in feed.values()}
+    taken = [one.shape for one in session.get_inputs() if one.name in feed]
+    if len(counts) != 1 or max(counts) < 2 or any(not shape or isinstance(shape[0], int) for shape in taken):
+        return ""
+    return " If it takes one sample at a time, whatever its inputs say, give a folder of .npz with one in each."
 
 
 def bounded_run(model: ir.Model, *, seconds: float) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -338,8 +338,10 @@ LAYERS = {
 def test_batchnorm_folds_into_every_layer(name: str) -> None:
     layer, channels, weight, options = LAYERS[name]
     model = normalized(layer, channels, weight, **dict(options))
+    model.graph[0].name, model.graph[1].name = "layer", "normalization"
     clean(model, "fold-batchnorm")
     assert operators(model) == [layer]
+    assert model.graph[0].name == "layer"  # by which users know it: keep=node:layer
     folded = model.graph.initializers["w"].const_value
     assert folded is not None
     assert list(folded.shape.numpy()) == weight

@@ -51,6 +51,19 @@ def test_top_1_of_rows_and_integers() -> None:
     assert (integers.rows, integers.same, integers.is_float) == (3, 2, False)
 
 
+def test_each_word_of_a_tagger_counts_where_its_scores_are_probabilities() -> None:
+    scores = np.array([[[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]], np.float32)
+    tags = Deviation()
+    tags.add(scores, scores[..., ::-1])
+    assert (tags.rows, tags.same) == (3, 1)
+    features = Deviation()
+    features.add(3 * scores, 3 * scores[..., ::-1])
+    assert features.rows == 0
+    embeddings = Deviation()
+    embeddings.add(np.array([[0.6, -0.8]], np.float32), np.array([[-0.8, 0.6]], np.float32))
+    assert embeddings.rows == 0
+
+
 def test_maps_and_sequences() -> None:
     """A map of class scores, as ZipMap gives, is judged as the floats that it holds."""
     deviation = Deviation()

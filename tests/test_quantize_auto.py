@@ -20,6 +20,7 @@ from penjing.ir.verify import verify
 from penjing.passes.base import Context, Pass
 from penjing.passes.judge import Bars, Fidelity, Judge
 from penjing.passes.quantize.auto import EVENING, QuantizeAuto
+from penjing.passes.quantize.float16 import ToFloat16
 from penjing.runtime.kernels import kernels
 from penjing.runtime.session import OrtRunner
 
@@ -108,6 +109,13 @@ def test_where_nothing_gains_the_model_stays_as_it_was() -> None:
     assert text(work) == text(model)
     assert ctx.ledger.changes == []
     assert any("nothing gains" in skip.reason for skip in ctx.ledger.skips)
+
+
+def test_why_a_layer_of_half_precision_stays_in_float() -> None:
+    model = convs(channels=32)
+    ToFloat16(mode="compute").run(model, Context(step="to-float16"))
+    _, ctx = auto(model, feeds(1, 32, 12, 12))
+    assert ctx.ledger.reasons()["its values are float16, and integer kernels are for float32"] == 3
 
 
 def test_the_metric_decides() -> None:

@@ -98,6 +98,15 @@ def test_reasons_are_short_and_the_log_is_silent(parse: Parse, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_batch_that_is_open_in_name_only_is_told_of(parse: Parse) -> None:
+    model = parse("""<ir_version: 8, opset_import: ["": 17]>
+        m (float[n,4] x) => (float[1,2,2] y) <int64[3] s = {1, 2, 2}> { y = Reshape(x, s) }""")
+    session = open_session(model)
+    assert run_feed(session, {"x": np.ones((1, 4), np.float32)})["y"].shape == (1, 2, 2)
+    with pytest.raises(DoesNotRun, match=r"takes one sample at a time.*folder of \.npz"):
+        run_feed(session, {"x": np.ones((3, 4), np.float32)})
+
+
 def test_unknown_level_has_the_nearest(relu: ir.Model) -> None:
     with pytest.raises(UsageError, match=r"no optimization level 'extend'.*Did you mean 'extended'"):
         open_session(relu, level="extend")

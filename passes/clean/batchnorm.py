@@ -152,7 +152,7 @@ def _folded(
     attributes: dict[str, Any] = {name: item for name, item in layer.attributes.items() if name != "beta"}
     named = rest[0] if rest else None
     b = tape.constant(moved, f"{layer.name or layer.op_type}_bias", instead_of=named)
-    return tape.op("", layer.op_type, x, w, b, **attributes)  # type: ignore[no-any-return]
+    return tape.op("", layer.op_type, x, w, b, name=layer.name, **attributes)  # type: ignore[no-any-return]
 
 
 def _offset(layer: ir.Node, value: ir.Value, channels: int) -> Array:

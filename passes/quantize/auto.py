@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ...ir.edit import become
 from ...ir.errors import UsageError
+from ...ir.files import saved_bytes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..judge import Bars
 from ..ledger import Change
@@ -179,6 +180,11 @@ class Search:
         for address in bench.subject.addresses():
             if address in reasons and address not in {*found.treated.static, *found.treated.dynamic}:
                 ctx.skip(address, reasons[address])
+        constants, least = found.treated.model.graph.initializers, _LARGE * saved_bytes(found.treated.model)
+        for skip in found.treated.ledger.skips:
+            tensor = constants[skip.subject].const_value if skip.subject in constants else None
+            if tensor is not None and tensor.dtype.is_floating_point() and tensor.nbytes >= least:
+                ctx.skip(skip.subject, skip.reason)
 
     def _lifted(self, found: Candidate) -> dict[str, str]:
         """Why the units that were treated otherwise than in the fastest way are so treated."""
@@ -217,10 +223,11 @@ class Search:
             unknown = (plan.addresses[value] for value in (*unit.sources, *unit.outputs))
             missing = next((subject.observed.reasons[one] for one in unknown if one in subject.observed.reasons), "")
             reasons[unit.address] = missing or slower(unit, sizes, self.bench.costs)
-        return {address: reasons[address] for address in subject.layers if address in reasons}
+        return {address: reasons[address] for address in subject.addresses() if address in reasons}
 
 
 EVENING = (Smooth(), Equalize())
 
+_LARGE = 0.01  # of the file: a constant that is said to stay as it was
 _COMFORT = 0.4  # of what is allowed: with less harm than this nothing else is tried
 _FAR = 3.0  # of what is allowed: rounding otherwise does not bring nearer what is further away

@@ -91,7 +91,7 @@ def pooled_mean(tape: Tape, node: ir.Node, x: ir.Value, rest: tuple[ir.Value | N
         return None
     if sorted(axis % 4 for axis in given) != [2, 3]:
         return None
-    mean: ir.Value = tape.GlobalAveragePool(x)
+    mean = tape.GlobalAveragePool(x)
     mean.type, mean.shape = x.type, ir.Shape([*sizes[:2], 1, 1])
     return mean if attribute(node, "keepdims", 1) else tape.Flatten(mean, axis=1)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.address import printable
 from ...ir.constants import constant_array, constant_tensor, is_constant
 from ...ir.kernels import Bounds, fused_activation, integer, matmul_bias
 from ...ir.match import attribute
@@ -142,7 +143,7 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
             return REASON
         if operator(node).matrices[0].zero_point is not None:
             return "quantized already"
-        return _layer(scope, node) if kernel is not None else "ONNX Runtime has no integer kernel for it as it is"
+        return _layer(scope, node) if kernel is not None else _no_kernel(node)
     if kernel is None or not _is_float(node.outputs[0]):
         return None
     data = _data_ports(node)
@@ -158,6 +159,14 @@ def _unit(scope: Scope, node: ir.Node) -> Unit | str | None:
     if role is Role.SAME and constants:
         return None
     return Unit(scope, role, [node], activations, constants, needs_output=kernel.needs_output)
+
+
+def _no_kernel(node: ir.Node) -> str:
+    dtype = node.outputs[0].dtype
+    if operator(node).integer is not None and dtype is not None and dtype is not ir.DataType.FLOAT:
+        return f"its values are {dtype.name.lower()}, and integer kernels are for float32"
+    form = " of this form" if operator(node).integer is not None else ""
+    return f"ONNX Runtime has no integer kernel for {printable(node.op_type)}{form}"
 
 
 def _layer(scope: Scope, node: ir.Node) -> Unit | str:
