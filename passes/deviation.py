@@ -13,6 +13,7 @@ import numpy as np
 from .base import Array
 
 _MOST_CHANNELS = 256
+_CLEAR = 0.1  # by which the first of several probabilities is ahead of the second, where a model does not waver
 _APART = 8.0  # the ratio of magnitudes of neighbours in order from which there are two classes of scale
 
 
@@ -116,7 +117,7 @@ class Deviation:
         self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
         self._by_channel(power, noise)
         if signal.ndim > 1 and signal.shape[-1] > 1 and _are_scores(signal):
-            same = signal.argmax(-1) == other.argmax(-1)
+            same = (signal.argmax(-1) == other.argmax(-1))[_are_sure(signal)]
             self.rows += same.size
             self.same += int(same.sum())
 
@@ -156,6 +157,14 @@ def _are_scores(array: Array) -> bool:
     if array.ndim > 2:
         return bool((array >= 0).all()) and bool(np.all(np.abs(array.sum(-1) - 1) < 1e-3))
     return not (np.all(np.abs(np.square(array).sum(1) - 1) < 1e-3) and (array < 0).any())
+
+
+def _are_sure(scores: Array) -> Array:
+    """Which rows tell an answer: all of [N, classes]; of probabilities along a sequence those with a clear first."""
+    if scores.ndim == 2:
+        return np.ones(len(scores), bool)
+    second, first = np.moveaxis(np.partition(scores, -2, axis=-1)[..., -2:], -1, 0)
+    return np.asarray(first - second >= _CLEAR)
 
 
 def _decibels(ratio: float) -> float:
