@@ -55,10 +55,12 @@ class Deviation:
     """Signal and noise of one output over runs, and how often the largest of a row, or an integer, is the same.
 
     Some outputs hold quantities of unlike scale side by side, the boxes and scores of a detector say, and in one ratio
-    the noise of the small ones would not show. So signal and noise are kept by channel too.
+    the noise of the small ones would not show. So signal and noise are kept by channel too. Rows of ``features`` are no
+    scores of classes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, features: bool = False) -> None:
+        self.features = features
         self.is_float = False
         self.rows = self.same = 0
         self.greatest = self.farthest = 0.0
@@ -116,7 +118,7 @@ class Deviation:
         self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
         self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
         self._by_channel(power, noise)
-        if signal.ndim > 1 and signal.shape[-1] > 1 and _are_scores(signal):
+        if signal.ndim > 1 and signal.shape[-1] > 1 and not self.features and _are_scores(signal):
             same = (signal.argmax(-1) == other.argmax(-1))[_are_sure(signal)]
             self.rows += same.size
             self.same += int(same.sum())

@@ -12,10 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..ir.errors import BadFeeds
+from ..ir.ops import operator
 from .base import Array, Context, Outputs
 from .deviation import Deviation
 
 MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
+_MAKE_FEATURES = ("LSTM", "GRU", "RNN", "Loop", "Scan", "Tanh", "LayerNormalization", "LpNormalization")
 _HELD = 256 * 2**20  # bytes of outputs of the float model that are kept, not computed again
 
 
@@ -87,6 +89,7 @@ class Judge:
     def __init__(self, model: ir.Model, ctx: Context) -> None:
         feeds = ctx.check_data if ctx.has("check_data") else ctx.data
         self.model, self.ctx, self.runner = model, ctx, ctx.runner
+        self.features = {output.name for output in model.graph.outputs if _are_features(output)}
         self.feeds = _spread(feeds, MOST_RUNS)
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = None
@@ -106,7 +109,7 @@ class Judge:
         sums: dict[str, Deviation] = {}
         for expected, found in zip(wanted, self._outputs(model, feeds), strict=True):
             for name, output in expected.items():
-                sums.setdefault(name, Deviation()).add(output, found.get(name))
+                sums.setdefault(name, Deviation(features=name in self.features)).add(output, found.get(name))
         floats = {name: one.energies for name, one in sums.items() if one.is_float}
         result = Fidelity(
             {name: min(one.sqnr for one in energies) for name, energies in floats.items()},
@@ -140,6 +143,14 @@ class Judge:
         for outputs in self.runner.run(model, _Lazy(steps)):
             state = {name: outputs[source] for name, source in self.states.pairs.items()}
             yield outputs
+
+
+def _are_features(value: ir.Value) -> bool:
+    """Whether an output is a state, or normalized, and so hardly the scores of classes, of which the largest counts."""
+    node = value.producer()
+    while node is not None and operator(node).moves and node.inputs and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type in _MAKE_FEATURES
 
 
 def kept(outputs: Iterable[Outputs]) -> list[Outputs]:

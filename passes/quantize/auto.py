@@ -38,9 +38,10 @@ class QuantizeAuto(Pass):
     ledger says which, and why.
 
     With a metric its loss is at most `max-drop`. Without one, every float output has an SQNR of at least `min-sqnr`
-    dB, and the largest entry of each row of an output [N, classes], and every entry of an integer output, is the same
-    in all but `max-drop` of the cases. Bounds that the run has for its checks count where they are stricter. Feeds in
-    which a state goes from run to run are judged as such sequences.
+    dB, and the largest entry of each row of an output [N, classes], or of probabilities [..., classes] where it is
+    clearly ahead, and every entry of an integer output, is the same in all but `max-drop` of the cases. Bounds that the
+    run has for its checks count where they are stricter. Feeds in which a state goes from run to run are judged as such
+    sequences.
 
     With `timing=measure` the parts of this model are timed on this machine, in place of the table, and the JSON report
     says what they took; `decisions` names such a report, to decide by it again without the clock.

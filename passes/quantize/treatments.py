@@ -126,6 +126,7 @@ def _mend(model: ir.Model, samples: int, ctx: Context) -> None:
     RoundAdaptively(positions=64).run(model, own)
     ctx.ledger.changes += own.ledger.changes
     ctx.ledger.skips += own.ledger.skips
+    ctx.ledger.warnings += own.ledger.warnings
     CorrectBias(sweeps=4).run(model, ctx)
 
 
