@@ -118,6 +118,19 @@ def test_why_a_layer_of_half_precision_stays_in_float() -> None:
     assert ctx.ledger.reasons()["its values are float16, and integer kernels are for float32"] == 3
 
 
+def test_what_rounding_alone_moves_beyond_the_bounds_is_told() -> None:
+    """The sine of a hundred million radians is another after each rounding, so that no search can help."""
+    net = Net()
+    value = net.op("Relu", net.op("Conv", "x", net.weight(32, 32, 3, 3), pads=[1] * 4))
+    net.op("Sin", net.op("Div", value, net.constant(np.float32(0.7e-8))))
+    model = net.model([1, 32, 24, 24])
+    work, ctx = auto(model, feeds(1, 32, 24, 24))
+    assert text(work) == text(model)
+    (reason,) = ctx.ledger.reasons()
+    assert "merging float operators alone moves its outputs" in reason
+    assert "--metric" in reason
+
+
 @pytest.mark.parametrize("last", ["Tanh", "Sigmoid"])
 def test_rows_of_states_are_no_classes(last: str) -> None:
     """A word embedding's largest entry may change; that of a classifier may not."""

@@ -77,7 +77,7 @@ class QuantizeAuto(Pass):
         search = Search(bench)
         found = search.run()
         if found is None:
-            ctx.skip("model", "nothing gains within the bounds: it stays as it was")
+            ctx.skip("model", search.reason)
             return
         search.tell(found)
         write_times(bench.costs, ctx)
@@ -90,6 +90,7 @@ class Search:
 
     bench: Bench
     trail: list[str] = field(default_factory=list)  # what was tried, for the ledger
+    reason: str = "nothing gains within the bounds: it stays as it was"  # why there is no result, if there is none
     scaling: list[Change] = field(default_factory=list)  # between layers, so that their channels are even
 
     def run(self) -> Candidate | None:
@@ -100,6 +101,11 @@ class Search:
             return best
         self.bench.subject, self.scaling = prepared, []
         plain = self.bench.whole(Choice(default=Treatment.FLOAT))  # cleaned only, its activations fused
+        if not plain.good:
+            self.reason = (
+                "it stays as it was: merging float operators alone moves its outputs beyond the bounds "
+                f"({plain.fidelity}), as where rows are sorted by score; say with --metric what counts"
+            )
         return plain if plain.good and self.bench.gains(plain) else None
 
     def _found(self) -> Candidate:

@@ -39,6 +39,8 @@ class Lifting:
             lifted = self.bench.whole(self.start.lifted(self.units, treatment))
             if lifted.distance <= bound:
                 break
+        if lifted.distance > 1:  # even in float: which units are on integers does not matter
+            return lifted
         groups = self._by_worth(lifted)
         best, count = self._least(groups, lifted.choice.treatments, self.start, bound, lifted)
         best = self._given_back(self._recalibrated(best), groups[: count - 1], bound)
