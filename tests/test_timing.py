@@ -130,12 +130,12 @@ def test_equal_parts_are_timed_once_and_each_decision_has_its_figures(model: ir.
 
 
 def test_the_search_goes_by_the_clock_too(model: ir.Model, tmp_path: Path) -> None:
-    made, report = run(model, "quantize-auto{timing=measure min-sqnr=5}", Clock())
+    made, report = run(model, "quantize-auto{timing=measure min-sqnr=5 max-drop=0.1}", Clock())
     assert layers(made) == 4
     assert any("input quantized in each run" in subject for subject in timed(report))
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report))
-    assert run(model, f"quantize-auto{{decisions='{file}' min-sqnr=5}}", NoClock())[0] == made
+    assert run(model, f"quantize-auto{{decisions='{file}' min-sqnr=5 max-drop=0.1}}", NoClock())[0] == made
 
 
 def test_what_does_not_run_by_itself_goes_by_the_table(model: ir.Model) -> None:
