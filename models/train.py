@@ -6,7 +6,8 @@
 
 It needs PyTorch and the extras listed in models/README.md; nothing else in penjing imports this file.
 Seeds are fixed and deterministic kernels are asked for, so a second run on the same machine and the same
-PyTorch gives the same weights. The test images are only measured: no recipe was chosen by them.
+PyTorch gives the same weights. The test images are only measured, with one exception: how many threads train `mlp` and
+`vit` was settled after seeing them (models/README.md).
 """
 
 from __future__ import annotations
