@@ -62,12 +62,16 @@ class PassReport:
 
 @dataclass
 class CheckReport:
-    """How the result was checked: ``feeds`` says on what, ``segments`` the verdicts, ``comparison`` the whole."""
+    """How the result was checked: ``feeds`` says on what, ``segments`` the verdicts, ``comparison`` the whole.
+
+    ``beside`` names the pass with whose reference it was compared, ``None`` where that was the original model.
+    """
 
     mode: Mode
     feeds: str | None = None
     random: bool = False
     not_run: str | None = None
+    beside: str | None = None
     segments: list[dict[str, Any]] = field(default_factory=list)
     comparison: Comparison | None = None
 
@@ -78,6 +82,7 @@ class CheckReport:
             "feeds": self.feeds,
             "random": self.random,
             "not_run": self.not_run,
+            "beside": self.beside,
             "segments": self.segments,
             **{key: found.get(key) for key in ("max_error", "min_sqnr", "outputs")},
         }

@@ -246,6 +246,7 @@ class _Proof:
         changers = [pass_ for pass_, _ in self.pipeline.steps() if changes_interface(pass_)]
         before = (self.checker.last_change if len(changers) > 1 else None) or self.model
         if changers and (expected := changers[-1].reference(before, self.ctx)):
+            self.report.check.beside = changers[-1].name
             return compare_reference(expected, work, feeds, self.runner)
         judge = judge_models(before, work, feeds, self.runner)
         return judge if isinstance(judge, str) else judge.comparison

@@ -184,6 +184,8 @@ def _before_and_after(report: Report) -> Table:
     check = report.check
     if check.comparison is not None:
         about = plain(check.feeds or "") + (" [yellow](random)[/]" if check.random else "")
+        if check.beside:
+            table.add_row("compared with", "", f"what {plain(check.beside)} has to compute")
         table.add_row("error max|Δ|/max|y|", "", f"{_number(check.comparison.max_error)} on {about}")
         noise = [share for output in check.comparison.outputs.values() if (share := output.noise_share) is not None]
         table.add_row("the runtime's own noise", f"{_number(max(noise, default=None))}", "")

@@ -16,6 +16,7 @@ from penjing.ir.errors import NeedsData, PenjingError, UsageError
 from penjing.ir.storage import BLOCK, StreamedTensor, reader
 from penjing.models import zoo
 from penjing.passes.base import Context
+from penjing.passes.merge import soup as module
 from penjing.passes.merge.soup import Soup
 from penjing.runtime.report import Report
 from penjing.runtime.run import run
@@ -199,6 +200,55 @@ def test_greedy_adds_while_the_metric_does_not_fall(parse: Parse) -> None:
     assert any(line.startswith("c: not taken: with it the metric would fall") for line in said(report))
     assert report.metric is not None
     assert report.metric.after == 0
+
+
+# The proof ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_wrong_place_are_noticed(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights of one shape, matched crosswise."""
+    text = "m (float[N,2] x) => (float[N,2] y) <float[2,2] w = {K,2,3,4}, float[2,2] v = {4,3,2,K}> "
+    nodes = "{ h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    one, two = (parse((text + nodes).replace("K", k)) for k in ("1", "2"))
+    whole = module.counterparts
+
+    def crossed(first: Any, other: Any) -> dict[ir.Value, ir.Value]:
+        pairs = whole(first, other)
+        return dict(zip(pairs, reversed(list(pairs.values())), strict=True))
+
+    soup(one.clone(), "soup{with=b}", b=two)
+    monkeypatch.setattr(module, "counterparts", crossed)
+    message = refused(one, "soup{with=b}", b=two)
+    assert "with the weights of b in what was taken for their places, 'y' is not what b has" in message
+
+
+@pytest.mark.parametrize("method", ["uniform", "greedy", "slerp", "ties base=base"])
+def test_a_number_that_is_off_is_noticed(parse: Parse, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    right = module.mixed
+
+    def wrong(place: Any, mix: Any) -> ir.TensorProtocol:
+        array = right(place, mix).numpy().copy()
+        array.flat[-1] = np.nextafter(array.flat[-1], np.float32(9))
+        return ir.Tensor(array, name=place.name)
+
+    monkeypatch.setattr(module, "mixed", wrong)
+    one, two, base = near(parse, 3)
+    with pytest.raises(PenjingError, match="broke its promise"):
+        run(one, f"soup{{with=b method={method}}}", models={"b": two, "base": base}, metric=lambda session: 0.0)
+
+
+def test_the_metric_of_a_model_is_taken_once(parse: Parse) -> None:
+    """The proof of a greedy soup chooses once more, at no cost."""
+    models, calls = near(parse, 3), []
+
+    def metric(session: Any) -> float:
+        calls.append(session)
+        return float(len(calls))
+
+    report = run(models[0], "soup{with=(b, c) method=greedy}", models={"b": models[1], "c": models[2]}, metric=metric)
+    assert len(calls) == 5  # three members, two trials
+    assert report.check.comparison is not None
+    assert report.check.comparison.max_error == 0
 
 
 # Bundled models -------------------------------------------------------------------------------------------------------

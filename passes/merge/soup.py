@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +14,11 @@ from ...ir.align import align_versions
 from ...ir.errors import PenjingError, UsageError, nearest
 from ...ir.join import Member
 from ...ir.verify import verify
-from ..base import Array, Context, Effect, Pass, register
+from ..base import Array, Context, Feeds, Outputs, Pass, register
 from .plan import members, same_models
 from .soup_batchnorm import reestimate, store
-from .soup_rules import Dare, Linear, Place, Rule, Slerp, TaskArithmetic, Ties, least_kept, mixed, survey
+from .soup_proof import plainly, prove_places
+from .soup_rules import Dare, Linear, Mix, Place, Rule, Slerp, TaskArithmetic, Ties, least_kept, mixed, survey
 from .structure import counterparts, stored
 
 _FAR = 0.5  # cosine of two models' weights below which their mean is not likely to be near either
@@ -25,6 +26,8 @@ _WITH_BASE = ("task-arithmetic", "ties", "dare")
 _SHARES = ("weighted", "slerp")  # methods whose weights are parts of one
 _SCALES = {"task-arithmetic": 0.4, "ties": 1.0, "dare": 0.4}  # Yadav et al. 2023, section 4, where nothing is known
 _DENSITIES = {"ties": 0.2, "dare": 0.5}
+
+Make: TypeAlias = Callable[[Place, Mix], ir.TensorProtocol]
 
 
 @register("soup")
@@ -90,10 +93,24 @@ class Soup(Pass):
             if abs((total := math.fsum(self.weights)) - 1) > 1e-6:
                 raise UsageError(f"soup: the weights sum to {total:.6g}; they have to sum to 1.")
 
-    def effect(self) -> Effect:
-        return Effect.LOSSY
-
     def run(self, model: ir.Model, ctx: Context) -> None:
+        everyone, places = self._gather(model, ctx)
+        self._cook(model, everyone, places, ctx, mixed)
+
+    def reference(self, before: ir.Model, ctx: Context) -> Callable[[Feeds], Iterator[Outputs]]:
+        """The first model with weights made by numpy of whole tensors, after ``prove_places``."""
+
+        def expected(feeds: Feeds) -> Iterator[Outputs]:
+            work, own = before.clone(), ctx.for_step(ctx.step)
+            everyone, places = self._gather(work, own)
+            prove_places(work, everyone, places, feeds, ctx.runner)
+            self._cook(work, everyone, places, own, plainly)
+            yield from ctx.runner.run(work, feeds)
+
+        return expected
+
+    def _gather(self, model: ir.Model, ctx: Context) -> tuple[list[Member], list[Place]]:
+        """The members, of one opset, the base last where there is one; and the constants in which they differ."""
         found = members(model, self.with_, ctx, self.name, whole=True)
         if self.method == "greedy" and not ctx.has("metric"):
             _ = ctx.metric  # refuses
@@ -101,13 +118,20 @@ class Soup(Pass):
         everyone = found if base is None else [*found, base]
         for name, sentence in same_models(everyone):
             ctx.change(name, sentence)
-        places = _places(_of_one_version(everyone, ctx), base is not None, ctx)
+        everyone = _of_one_version(everyone, ctx)
+        return everyone, _places(everyone, base is not None, ctx)
+
+    def _cook(
+        self, model: ir.Model, everyone: Sequence[Member], places: Sequence[Place], ctx: Context, make: Make
+    ) -> None:
+        """Put into ``model``, the first of ``everyone``, what the method makes of the weights."""
+        found = everyone[: len(self.with_) + 1]
         scores = _scores(found, ctx)
         chosen = list(range(len(found)))
         if self.method == "greedy":
-            chosen = self._greedy(model, places, scores, [str(member) for member in found], ctx)
-        _warn_of_distance(places, everyone, chosen + [len(found)] * (base is not None), ctx)
-        self._settle(model, places, self._rule(places, chosen, ctx), len(chosen), ctx)
+            chosen = self._greedy(model, places, scores, [str(member) for member in found], ctx, make)
+        _warn_of_distance(places, everyone, chosen + [len(found)] * (len(everyone) > len(found)), ctx)
+        self._settle(model, places, self._rule(places, chosen, ctx), len(chosen), ctx, make)
         if scores:
             self._tell_score(ctx.runner.score(model), min(scores[number] for number in chosen), ctx)
 
@@ -142,14 +166,20 @@ class Soup(Pass):
         return _mean(chosen, count)
 
     def _greedy(
-        self, model: ir.Model, places: Sequence[Place], scores: Sequence[float], names: Sequence[str], ctx: Context
+        self,
+        model: ir.Model,
+        places: Sequence[Place],
+        scores: Sequence[float],
+        names: Sequence[str],
+        ctx: Context,
+        make: Make,
     ) -> list[int]:
         """The members, by number, that are in the soup; ``model`` is left with some trial's weights."""
         order = sorted(range(len(scores)), key=lambda number: -scores[number])
         chosen, best = order[:1], scores[order[0]]
         for number in order[1:]:
             trial = sorted([*chosen, number])
-            self._settle(model, places, _mean(trial, len(scores)), len(trial), ctx.for_step(ctx.step))
+            self._settle(model, places, _mean(trial, len(scores)), len(trial), ctx.for_step(ctx.step), make)
             found = ctx.runner.score(model)
             if found >= best:
                 ctx.change(names[number], "taken into the soup", metric=found, before=best)
@@ -158,13 +188,15 @@ class Soup(Pass):
                 ctx.skip(names[number], f"not taken: with it the metric would fall from {best:.6g} to {found:.6g}")
         return chosen
 
-    def _settle(self, model: ir.Model, places: Sequence[Place], rule: Rule, count: int, ctx: Context) -> None:
+    def _settle(
+        self, model: ir.Model, places: Sequence[Place], rule: Rule, count: int, ctx: Context, make: Make
+    ) -> None:
         """Put what ``rule`` makes into the model; a tensor that several constants share stays one."""
         made: dict[tuple[int, ...], ir.TensorProtocol] = {}
         for number, place in enumerate(places):
             key = tuple(map(id, place.all))
             if key not in made:
-                made[key] = mixed(place, rule.at(place, number))
+                made[key] = make(place, rule.at(place, number))
             store(place.value, made[key])
             ctx.change(place.value, f"{self.method} of {count}", cosine=_least_cosine(place.gram))
         if isinstance(rule, Slerp):
