@@ -1,6 +1,6 @@
 """Whether branches are faster together: by a table of measured times, by the clock, or as an earlier run found.
 
-``branches-costs.json`` was measured by ``tests/benchmarks/branches.py --write``: for kinds of layers, nanoseconds of
+``branches-costs.json`` was measured by ``tests.benchmarks.branches --write``: for kinds of layers, nanoseconds of
 one layer of all branches, apart and together, over numbers of branches, channels and pixels (samples, of matrices).
 Between the points of a grid the time per multiply-add is interpolated in log space; beyond its upper edges it stays
 what it is there, and below the lower ones the time itself does. What else there is counts by its number of nodes.

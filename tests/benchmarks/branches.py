@@ -1,9 +1,9 @@
 """Branches of one architecture apart and together: prints ratios; with ``--write`` measures the table of costs.
 
-    python tests/benchmarks/branches.py                  # ratios of whole models, about a minute
-    python tests/benchmarks/branches.py --write          # passes/merge/branches-costs.json, some five minutes
+    python -m tests.benchmarks.branches                  # ratios of whole models, about two minutes
+    python -m tests.benchmarks.branches --write          # passes/merge/branches-costs.json, some five minutes
 
-Both forms of a model are runs of the same graph in one process, by turns, on one thread; CPU time. In the table a
+All forms of a model are runs of the same graph in one process, by turns, on one thread; CPU time. In the table a
 layer's time is a slope: that of a model with five of them, less that of one with one, over four.
 """
 
@@ -26,7 +26,9 @@ from penjing.passes.base import Context
 from penjing.passes.pipeline import Pipeline
 from penjing.runtime.measure import interleave
 from penjing.runtime.run import run
-from penjing.runtime.session import open_session
+from penjing.runtime.session import bare_run, open_session
+
+from .merging import ratio
 
 TABLE = Path(__file__).parents[2] / "passes/merge/branches-costs.json"
 
@@ -86,11 +88,10 @@ def convolutions(seed: int, channels: int, side: int, layers: int, kind: str = "
     return net.model()
 
 
-def pair(build: Callable[[int], ir.Model], count: int) -> tuple[ir.Model, ir.Model]:
-    """The mean of ``count`` members, apart and together."""
-    members = {f"m{seed}": build(seed) for seed in range(count)}
-    apart = members.pop("m0")
-    run(apart, f"ensemble{{with=({','.join(members)})}}", models=members, check="off")
+def pair(members: Sequence[ir.Model]) -> tuple[ir.Model, ir.Model]:
+    """The mean of members, apart and together."""
+    apart, partners = members[0].clone(), {f"m{number}": member for number, member in enumerate(members[1:], 1)}
+    run(apart, f"ensemble{{with=({','.join(partners)})}}", models=partners, check="off")
     together = apart.clone()
     Pipeline.of("fuse-branches{when=always}").run(together, Context(step="fuse-branches"))
     return apart, together
@@ -108,7 +109,11 @@ def times(models: Sequence[ir.Model], shape: Sequence[int], seconds: float) -> l
 
 
 def show() -> None:
-    """Of models as users have them, with what the table decides."""
+    """Of models as users have them, with what the table decides.
+
+    How much faster fused members are than their ensemble in one graph, and than sessions of the members, called one
+    after the other without any combination.
+    """
     tiny = [128] * 4 + [10]
     nets: list[tuple[str, Callable[[int], ir.Model], int, tuple[int, ...], str]] = [
         ("8 MLPs, 4 x 128, batch 1", lambda seed: perceptron(seed, tiny), 8, (1, 128), "1.5"),
@@ -124,16 +129,21 @@ def show() -> None:
         ("8 CNNs, 16 channels", lambda seed: convolutions(seed, 16, 14, 4, inputs=3), 8, (1, 3, 14, 14), ""),
         ("2 CNNs, 32 channels", lambda seed: convolutions(seed, 32, 28, 4, inputs=3), 2, (1, 3, 28, 28), ""),
     ]
-    print(f"{'':28} {'apart us':>9} {'together':>9} {'speedup':>8} {'goal':>5}  by the table")
+    print(f"{'':28} {'fused us':>9} {'to one graph':>13} {'to sessions':>12} {'goal':>5}  by the table")
     for name, build, count, shape, goal in nets:
-        apart, together = pair(build, count)
-        for value in apart.graph.inputs:
-            value.shape = ir.Shape([shape[0], *value.shape[1:]])  # type: ignore[index]
-        spent = times([apart, together], shape, 2.0)
-        ctx = Context(step="fuse-branches")
-        (report,) = Pipeline.of("fuse-branches").run(apart, ctx)
+        members = [build(seed) for seed in range(count)]
+        apart, together = pair(members)
+        for model in (*members, apart, together):
+            for value in model.graph.inputs:
+                value.shape = ir.Shape([shape[0], *value.shape[1:]])  # type: ignore[index]
+        feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+        fused, graph, *alone = [bare_run(open_session(one, threads=1), feed) for one in (together, apart, *members)]
+        (to_graph, spent), (to_sessions, _) = (ratio([fused], others, 4.0) for others in ([graph], alone))
+        (report,) = Pipeline.of("fuse-branches").run(apart, Context(step="fuse-branches"))
         said = f"{report.ledger.changes[0].numbers['speedup']}" if report.ledger.changes else "left apart"
-        print(f"{name:28} {spent[0] * 1e6:9.1f} {spent[1] * 1e6:9.1f} {spent[0] / spent[1]:8.2f} {goal:>5}  {said}")
+        print(
+            f"{name:28} {spent * 1e3:9.1f} {1 / to_graph:13.2f} {1 / to_sessions:12.2f} {goal:>5}  {said}", flush=True
+        )
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -150,7 +160,7 @@ def layer(kind: str, count: int, width: int, pixels: int) -> tuple[float, float]
     else:
         builds = [lambda seed, more=more: convolutions(seed, width, side, more, form) for more in (6, 2)]
         shape = (1, width, side, side)
-    models = [model for build in builds for model in pair(build, count)]
+    models = [model for build in builds for model in pair([build(seed) for seed in range(count)])]
     more_apart, more_together, less_apart, less_together = times(models, shape, 0.25)
     return tuple(  # type: ignore[return-value]
         max((more - less) / 4 * 1e9, 50.0) for more, less in ((more_apart, less_apart), (more_together, less_together))
@@ -189,7 +199,7 @@ def write() -> None:
         rows = {form: [int(float(f"{one[at]:.3g}")) for one in found] for at, form in enumerate(("apart", "together"))}
         grids[kind] = {"axes": [list(COUNTS), list(widths), list(pixels)], **rows}
     table = {
-        "made by": "tests/benchmarks/branches.py --write",
+        "made by": "tests.benchmarks.branches --write",
         "machine": {"processor": f"{platform.machine()} AVX512", "threads": 1, "onnxruntime": onnxruntime.__version__},
         "units": "nanoseconds of one layer of all branches; axes are branches, channels, pixels, the last fastest",
         "call": round(call()),

@@ -59,8 +59,8 @@ def split(name: str, value: str) -> tuple[ir.Model, ir.Model]:
     return parts
 
 
-def cases(batch: int) -> Iterator[tuple[str, ir.Model, list[tuple[ir.Model, Feed]]]]:
-    """A name, the merged graph, and its members with what each is fed."""
+def cases(batch: int) -> Iterator[tuple[str, ir.Model, list[tuple[ir.Model, Feed]], list[Call]]]:
+    """A name, the merged graph, its members with what each is fed, and what is computed beside them without a graph."""
     feed = {"image": zoo.data("test")["image"][:batch]}
     for name, value in (("mlp", "relu"), ("cnn-a", "view")):
         first, second = split(name, value)
@@ -73,14 +73,15 @@ def cases(batch: int) -> Iterator[tuple[str, ir.Model, list[tuple[ir.Model, Feed
                 (first, feed),
                 (second, inputs),
             ],
+            [],
         )
     for chosen in (ALL[1:3], ALL[:4], ALL):
         models = [zoo.load(name) for name in chosen]
         fed = [(model, feed) for model in models]
-        yield f"parallel, {len(models)}", merged(f"merge-parallel{{with={names(len(models))}}}", *models), fed
+        yield f"parallel, {len(models)}", merged(f"merge-parallel{{with={names(len(models))}}}", *models), fed, []
         for how in ("mean", "soft-vote"):
             text = f"ensemble{{with={names(len(models))} combine={how}}}"
-            yield f"ensemble by {how}, {len(models)}", merged(text, *models), fed
+            yield f"ensemble by {how}, {len(models)}", merged(text, *models), fed, []
     models = [zoo.load("mlp") for _ in range(8)]
     rng = np.random.default_rng(0)
     for model in models[1:]:
@@ -88,15 +89,23 @@ def cases(batch: int) -> Iterator[tuple[str, ir.Model, list[tuple[ir.Model, Feed
             array = value.const_value.numpy() if value.const_value is not None else np.zeros(1)
             if array.dtype == np.float32:
                 value.const_value = ir.tensor(rng.permuted(array.reshape(-1)).reshape(array.shape), name=value.name)
-    yield "ensemble by mean, 8 MLPs", merged(f"ensemble{{with={names(8)}}}", *models), [(one, feed) for one in models]
+    fed = [(one, feed) for one in models]
+    yield "ensemble by mean, 8 MLPs", merged(f"ensemble{{with={names(8)}}}", *models), fed, []
     small, big = zoo.load("mlp"), zoo.load("cnn-a")
+    logits = run_feed(open_session(small), feed)["logits"]
     for threshold in (0.9, 0.0):
-        logits = run_feed(open_session(small), feed)["logits"]
-        raised = np.exp(logits - logits.max(1, keepdims=True))
-        unsure = (raised / raised.sum(1, keepdims=True)).max(1) < threshold
+        unsure = least_sure(logits) < threshold
         fed = [(small, feed)] + ([(big, {"image": feed["image"][unsure]})] if unsure.any() else [])
         model = merged(f"cascade{{with=b0 threshold={threshold}}}", small, big)
-        yield f"cascade, {unsure.mean():.0%} go on", model, fed
+        name = f"cascade, {unsure.mean():.0%} go on"
+        yield name, model, fed, []
+        yield f"{name}, to members and confidence", model, fed, [lambda: least_sure(logits)]
+
+
+def least_sure(logits: Any) -> Any:
+    """The probability of the likeliest class, [batch]: what a user of a cascade without a merge computes."""
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return raised.max(1) / raised.sum(1)
 
 
 def ratio(one: Sequence[Call], others: Sequence[Call], seconds: float) -> tuple[float, float]:
@@ -127,9 +136,11 @@ def ratio(one: Sequence[Call], others: Sequence[Call], seconds: float) -> tuple[
 
 def latency(seconds: float) -> None:
     for batch in (1, 64):
-        for name, model, fed in cases(batch):
+        for name, model, fed, beside in cases(batch):
             sessions = [open_session(member) for member, _ in fed]
-            separate = [bare_run(session, dict(feed)) for session, (_, feed) in zip(sessions, fed, strict=True)]
+            separate = [
+                bare_run(session, dict(feed)) for session, (_, feed) in zip(sessions, fed, strict=True)
+            ] + beside
             feed = {value.name: fed[0][1][value.name] for value in model.graph.inputs if value.name in fed[0][1]}
             found, run = ratio([bare_run(open_session(model), feed)], separate, seconds)
             print(f"{verdict(found <= BAR)} batch {batch:2}  {found:5.3f}  {run:8.4f} ms  {name}", flush=True)
