@@ -49,6 +49,22 @@ class Crossings(Foretold):
         return 0.0
 
 
+@dataclass(frozen=True)
+class Turned(Foretold):
+    """One price to and from integers, and one of a Transpose of more than the eight elements that a pool leaves."""
+
+    turn: float
+
+    def quantize(self, elements: int) -> float:
+        return 0.5
+
+    def dequantize(self, elements: int) -> float:
+        return 0.5
+
+    def transpose(self, elements: int) -> float:
+        return self.turn if elements > 8 else 0.0
+
+
 def with_constants(model: ir.Model) -> ir.Model:
     """Every value that is only declared becomes an initializer; all others are float32, of one shape if unknown."""
     rng = np.random.default_rng(0)
@@ -186,3 +202,27 @@ def test_fixed_filters_are_known(kind: str, array: np.ndarray, fixed: bool) -> N
     node = ir.node(kind, [ir.Value(name="x"), weight])
     graph.append(node)
     assert is_filter_bank(node) == fixed
+
+
+def test_what_follows_convolutions_stays_channels_last(parse: Parse) -> None:
+    """A sum of integer convolutions is read by floats behind a Transpose, which a pool on integers makes small."""
+    model = parse(
+        """m (float[1,8,4,4] x) => (float[1,8] y) <float[8,8,1,1] w> {
+            c1 = Conv (x, w)
+            c2 = Conv (x, w)
+            a = Add (c1, c2)
+            p = GlobalAveragePool (a)
+            y = Flatten (p)
+        }"""
+    )
+    (scope,) = scopes(with_constants(model))
+    units, _ = find_units(scope)
+    pooled = next(unit for unit in units if unit.node.op_type == "GlobalAveragePool")
+
+    def choose(unit: Unit) -> tuple[float, float]:
+        return (1.0, 3.0) if unit is pooled else (9.0, 1.0)
+
+    for turn, chosen in ((0.0, False), (4.0, True)):
+        costs = Turned(Table.of("cpu-vnni"), turn)
+        on_integers, _ = place(units, lambda value: tuple(value.shape or ()), choose, costs)  # type: ignore[arg-type]
+        assert (pooled in on_integers) is chosen

@@ -8,7 +8,7 @@ the capacity of a cut (Greig, Porteous and Seheult, 1989), so no choice of regio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from .units import Role, Unit, readers
 Sizes = Callable[[ir.Value], tuple[int, ...]]
 
 _INTEGER, _FLOAT = "integer", "float"
+_SHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "MatMul")  # what a Transpose does not move behind
 _TICKS = 16  # a nanosecond in so many whole units, for the cut is exact in integers only
 
 
@@ -102,7 +103,9 @@ def place(
         _join(network, _INTEGER, unit, in_float)  # cut where the unit is in float
         _join(network, unit, _FLOAT, on_integers)
     for value in dict.fromkeys(value for unit in units for value in (*unit.sources, *unit.outputs)):
-        _add_value(network, value, makers.get(value), _reading(value, members), dims, costs)
+        reading = _reading(value, members)
+        turned = len(dims(value)) > 2 and (_by_conv(value, makers) or any(map(_is_conv, reading[0])))
+        _add_value(network, value, makers.get(value), reading, turned, dims, costs)
     ticks, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
     return [unit for unit in units if unit in integers], ticks / _TICKS
 
@@ -126,12 +129,18 @@ def elements(value: ir.Value, dims: Sizes) -> int:
 
 
 def _add_value(
-    network: Any, value: ir.Value, maker: Unit | None, reading: tuple[list[Unit], bool], dims: Sizes, costs: Costs
+    network: Any,
+    value: ir.Value,
+    maker: Unit | None,
+    reading: tuple[list[Unit], bool],
+    turned: bool,
+    dims: Sizes,
+    costs: Costs,
 ) -> None:
     units, others = reading
     size = elements(value, dims)
     # Integer convolutions run channels-last: what enters or leaves a chain of them is transposed.
-    turn = costs.transpose(size) if len(dims(value)) > 2 and _near_conv(maker, units) else 0.0
+    turn = costs.transpose(size) if turned else 0.0
     source: object = maker or _FLOAT
     gate = ("quantize", value)
     for unit in units:
@@ -166,5 +175,20 @@ def _join(network: Any, start: object, end: object, capacity: float) -> None:
     network.add_edge(start, end, capacity=known + (capacity if math.isinf(capacity) else round(capacity * _TICKS)))
 
 
-def _near_conv(maker: Unit | None, units: Sequence[Unit]) -> bool:
-    return any(unit is not None and unit.node.op_type == "Conv" for unit in (maker, *units))
+def _is_conv(unit: Unit) -> bool:
+    return unit.node.op_type == "Conv"
+
+
+def _by_conv(value: ir.Value, makers: Mapping[ir.Value, Unit]) -> bool:
+    """Whether a convolution made ``value``, or what sums, pools and the like took on channels-last."""
+    waiting, seen = [value], set[Unit]()
+    while waiting:
+        maker = makers.get(waiting.pop())
+        if maker is None or maker in seen:
+            continue
+        if _is_conv(maker):
+            return True
+        seen.add(maker)
+        if maker.role is not Role.LAYER and maker.node.op_type not in _SHAPES:
+            waiting += maker.sources
+    return False
