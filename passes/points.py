@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 FINEST = -115  # the least exponent of a bin's width, so that its inverse times any such float32 is finite
 _BLOCK = 1 << 16  # elements that are counted at a time, so that they stay in the cache with their bins
-_READ = 1 << 18  # elements that are compared at a time, so that the second look finds them in the cache
+_READ = 1 << 16  # elements that are compared at a time, so that the second look finds them in the cache
 
 
 class Statistic(Protocol):
@@ -135,8 +135,9 @@ def floats(array: Array) -> Array:
 
 def extremes(array: Array) -> tuple[float, float]:
     """The least and the greatest element of floats, at least one. Raises ``NotFinite``."""
-    found = np.array([(block.min(), block.max()) for block in _blocks(array.reshape(-1), _READ)])
-    low, high = float(found[:, 0].min()), float(found[:, 1].max())  # NaN, where there is one
+    least, most = np.minimum.reduce, np.maximum.reduce  # NaN, where there is one
+    found = np.array([(least(block), most(block)) for block in _blocks(array.reshape(-1), _READ)])
+    low, high = float(least(found[:, 0])), float(most(found[:, 1]))
     require_finite(low, high)
     return low, high
 

@@ -19,6 +19,7 @@ from ..ir.errors import BadFeeds
 from ..passes.base import Feeds
 from ..passes.points import NotFinite, Point, Unanswered, Unfit, extremes, require_finite
 from .inputs import Input
+from .rows import rows_stay_apart
 from .session import DoesNotRun, open_session, run_feed
 from .watch import Dims, Extremes, Watched, Whole
 
@@ -124,6 +125,8 @@ class _Sweep:
         self.watched.know_types([point.value for point in points])
         self.watched.keep_order(it.value for it in points if it.asks == "array" and not it.elementwise)
         self.roots = self._roots(points)
+        dims = any(isinstance(root.view, Dims) for root in self.roots.values())  # which of these count samples is tried
+        self.apart = not dims and self.batched is not None and rows_stay_apart(model, self.batched)
         self.threads = threads
         self.batch_axes: dict[Point, set[int]] = {}
 
@@ -182,16 +185,23 @@ class _Sweep:
             raise BadFeeds("The data hold no samples; at least one is needed to see what values a model computes.")
 
     def _run_batches(self, session: InferenceSession, feeds: Feeds) -> None:
-        """Samples of equal shape together. The first is run by itself before: its values tell how many go together,
-        and its outputs, whether that changes anything.
+        """Samples of equal shape together. The first is run by itself: its values tell how many go together. Unless
+        the operators tell that rows stay apart, it is run in a batch too, and its outputs tell.
         """
         rows = self._rows(feeds)
         first = _Run(next(rows, {}), [0], True)
         if not first.feed:
             raise _Mixes
-        alone = self._fetch(session, first, self.outputs)
+        alone = self._fetch(session, first, () if self.apart else self.outputs)
         size = sum(array.nbytes for array in alone.values() if isinstance(array, np.ndarray))
-        batches = _batches(itertools.chain([first.feed], rows), min(BATCH, max(1, FETCHED // max(size, 1))))
+        together = min(BATCH, max(1, FETCHED // max(size, 1)))
+        if self.apart:
+            self._take(session, first, alone)
+            del alone
+            for run in _batches(rows, together, 1):
+                self._take(session, run, self._fetch(session, run))
+            return
+        batches = _batches(itertools.chain([first.feed], rows), together, 0)
         tried = False
         for run in batches:
             trial = run.samples > 1 and not tried
@@ -318,10 +328,10 @@ def _batched_inputs(model: ir.Model) -> set[str] | None:
     return {one.name for one in inputs}
 
 
-def _batches(rows: Iterable[Feed], size: int) -> Iterator[_Run]:
-    """Neighbours of equal shape, at most ``size`` together; in the first batch sample 0 stands in the middle."""
+def _batches(rows: Iterable[Feed], size: int, first: int) -> Iterator[_Run]:
+    """Neighbours of equal shape, at most ``size`` together, numbered from ``first``; sample 0 stands in the middle."""
     pending: list[Feed] = []
-    numbers = itertools.count()
+    numbers = itertools.count(first)
     for row in rows:
         if pending and (len(pending) >= size or _shapes(row) != _shapes(pending[0])):
             yield _joined(pending, numbers)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from penjing.ir.errors import BadFeeds, UsageError
 from penjing.ir.text import text
+from penjing.models import zoo
 from penjing.passes.points import (
     Channels,
     Distribution,
@@ -30,6 +31,7 @@ from penjing.passes.points import (
 )
 from penjing.runtime import statistics, watch
 from penjing.runtime.progress import Progress
+from penjing.runtime.rows import rows_stay_apart
 from penjing.runtime.session import OrtRunner
 from penjing.runtime.statistics import collect
 
@@ -215,11 +217,74 @@ def test_samples_run_in_batches_of_up_to_eight(net: ir.Model, monkeypatch: pytes
     runs = count_runs(monkeypatch)
     x = RANDOM.standard_normal((20, 3, 8, 8)).astype(np.float32)
     collect(net, [Histogram("c")], rows(x, [1] * 20))
-    assert runs == [1, 8, 8, 4]  # the first by itself, to see whether it is the same in a batch
+    assert runs == [1, 8, 8, 3]  # the first by itself, to see how large it is
     runs.clear()
-    monkeypatch.setattr(statistics, "FETCHED", 3 * (4 * 8 * 8 + 4) * 4)  # bytes of c and y for 3 samples
+    monkeypatch.setattr(statistics, "FETCHED", 3 * 4 * 8 * 8 * 4)  # bytes of c for 3 samples
     collect(net, [Histogram("c")], rows(x, [20]))
     assert max(runs) == 3
+
+
+def test_a_sample_is_run_twice_where_operators_do_not_tell(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_runs(monkeypatch)
+    summed = parse("g (float[n,3] x) => (float[n,3] y) <int64[1] one = {1}> { s = Sin(x)  y = CumSum(s, one) }")
+    found = collect(summed, [Range("s")], rows(RANDOM.standard_normal((20, 3)).astype(np.float32), [20]))
+    assert runs == [1, 8, 8, 4]
+    assert found[Range("s")].high <= 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "apart"),
+    [
+        ("y = Gemm(x, w)", True),
+        ("y = Gemm<transA=1>(x, w)", False),
+        ("y = Gemm(x, w, row)", True),
+        ("y = Gemm(x, w, w)", False),
+        ("y = Gemm(w, x)", False),
+        ("h = MatMul(x, w)  y = Add(h, row)", True),
+        ("h = MatMul(x, w)  y = Add(h, w)", False),
+        ("y = Add(x, cube)", False),
+        ("h = Relu(x)  y = Mul(h, x)", True),
+        ("y = MatMul(x, x)", False),
+        ("y = Softmax(x)", True),
+        ("y = Softmax<axis=-2>(x)", False),
+        ("y = Concat<axis=1>(x, x)", True),
+        ("y = Concat<axis=0>(x, x)", False),
+        ("y = Concat<axis=1>(x, w)", False),
+        ("y = Transpose<perm=[1,0]>(x)", False),
+        ("y = ReduceMean<keepdims=0>(x, last)", True),
+        ("y = ReduceMean(x, first)", False),
+        ("y = ReduceMean(x)", False),
+        ("y = Reshape(x, kept)", True),
+        ("y = Reshape(x, pairs)", False),
+        ("y = Reshape(x, same)", True),
+        ("y = Reshape(x, flat)", False),
+        ("y = Flatten<axis=0>(x)", False),
+        ("y = LayerNormalization(x, row)", True),
+        ("y = LayerNormalization<axis=0>(x, row)", False),
+        ("r = RandomNormalLike(x)  y = Add(x, r)", False),
+        ("y = CumSum(x, first)", False),
+        ("y = Identity(w)", False),
+    ],
+)
+def test_which_operators_keep_samples_apart(parse: Parse, nodes: str, apart: bool) -> None:
+    """What is told is true: rows of samples that run together are those of each alone."""
+    constants = """<float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, float[4] row = {1,2,3,4}, int64[1] first = {0},
+     float[1,4,4] cube = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}, int64[1] last = {1}, int64[3] kept = {0,2,2},
+     int64[2] pairs = {-1,2}, int64[3] same = {-1,1,4}, int64[1] flat = {-1}>"""
+    model = parse(f'<ir_version: 8, opset_import: ["": 18]> m (float[n,4] x) => (float y) {constants} {{ {nodes} }}')
+    model.graph.outputs[0].shape = None
+    assert rows_stay_apart(model, {"x"}) is apart
+    if apart:
+        x = RANDOM.standard_normal((4, 4)).astype(np.float32)
+        together, *alone = (
+            found["y"] for found in OrtRunner().run(model, [{"x": x}, *({"x": row[None]} for row in x)])
+        )
+        assert np.allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn-a", "cnn-a-legacy", "teacher"])
+def test_bundled_networks_keep_samples_apart(name: str) -> None:
+    assert rows_stay_apart(zoo.load(name), {"image"})
 
 
 def test_what_mixes_samples_runs_as_it_comes(parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +387,8 @@ class Own(Point):
 def test_any_point_gets_the_array_of_each_run(net: ir.Model) -> None:
     x = np.ones((3, 3, 8, 8), np.float32)
     found = collect(net, [Own("y"), Own("x")], rows(x, [3]))
-    assert found[Own("y")].arrays == [(3, 4)]
-    assert found[Own("x")].arrays == [(3, 3, 8, 8)]
+    assert found[Own("y")].arrays == [(1, 4), (2, 4)]
+    assert found[Own("x")].arrays == [(1, 3, 8, 8), (2, 3, 8, 8)]
 
 
 def test_progress_counts_the_feeds(net: ir.Model) -> None:
