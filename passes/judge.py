@@ -15,6 +15,7 @@ from ..ir.errors import BadFeeds
 from ..ir.ops import operator
 from .base import Array, Context, Outputs
 from .deviation import Deviation
+from .picks import Picks
 
 MOST_RUNS = 128  # that are compared; more feeds hardly change a ratio
 _MAKE_FEATURES = ("LSTM", "GRU", "RNN", "Loop", "Scan", "Tanh", "LayerNormalization", "LpNormalization")
@@ -32,6 +33,11 @@ class Bars:
     min_sqnr: float
     least_sqnr: float = -math.inf
     max_error: float | None = None
+
+    @property
+    def on_outputs(self) -> bool:
+        """Whether the outputs themselves are bounded, whatever they hold."""
+        return self.least_sqnr > -math.inf or self.max_error is not None
 
 
 @dataclass(slots=True)
@@ -84,12 +90,17 @@ class Fidelity:
 
 
 class Judge:
-    """Compares models with the float one on the same feeds, as users would see them: at full optimization."""
+    """Compares models with the float one on the same feeds, as users would see them: at full optimization.
 
-    def __init__(self, model: ir.Model, ctx: Context) -> None:
+    What the outputs of ``picked`` hold does not count, but its values do, which ``model`` gives out too.
+    """
+
+    def __init__(self, model: ir.Model, ctx: Context, picked: Picks | None = None) -> None:
+        self.besides = frozenset[str]() if picked is None else picked.outputs
         feeds = ctx.check_data if ctx.has("check_data") else ctx.data
         self.model, self.ctx, self.runner = model, ctx, ctx.runner
         self.features = {output.name for output in model.graph.outputs if _are_features(output)}
+        self.features.update(() if picked is None else picked.values)
         self.feeds = _spread(feeds, MOST_RUNS)
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = None
@@ -109,6 +120,8 @@ class Judge:
         sums: dict[str, Deviation] = {}
         for expected, found in zip(wanted, self._outputs(model, feeds), strict=True):
             for name, output in expected.items():
+                if name in self.besides:
+                    continue
                 sums.setdefault(name, Deviation(features=name in self.features)).add(output, found.get(name))
         floats = {name: one.energies for name, one in sums.items() if one.is_float}
         result = Fidelity(

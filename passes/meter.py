@@ -25,7 +25,8 @@ class Meter:
     def __init__(self, model: ir.Model, judge: Judge, runs: int) -> None:
         self.model, self.judge, self.runs = model, judge, runs
         self.feeds = judge.some(runs)
-        self.names = list(dict.fromkeys(filter(None, map(_before, model.graph.outputs))))
+        counted = (output for output in model.graph.outputs if output.name not in judge.besides)
+        self.names = list(dict.fromkeys(filter(None, map(_before, counted))))
         self._kept = [] if judge.states or not self.names else kept(self._run(model))
 
     def noise(self, model: ir.Model) -> float:

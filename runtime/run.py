@@ -296,7 +296,7 @@ def noisy(comparison: Comparison) -> list[str]:
     return [
         f"The check says little of output {name}: on these feeds the unchanged model itself moves by "
         f"{output.noise_share:.1%} of max|y| between the runtime's optimizations on and off. "
-        "Give --data that it was made for."
+        "Give --data that it was made for; of rows that the model sorts or picks by score, a --metric tells more."
         for name, output in comparison.outputs.items()
         if output.noise_share is not None and output.noise_share > NOISY
     ]

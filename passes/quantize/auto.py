@@ -14,6 +14,8 @@ from ...ir.files import saved_bytes
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..judge import Bars
 from ..ledger import Change
+from ..picks import picks
+from ..pipeline import Pipeline
 from .candidates import TRIED, Bench, Candidate, Subject, copy
 from .equalize import Equalize
 from .filters import REASON
@@ -39,9 +41,9 @@ class QuantizeAuto(Pass):
 
     With a metric its loss is at most `max-drop`. Without one, every float output has an SQNR of at least `min-sqnr`
     dB, and the largest entry of each row of an output [N, classes], or of probabilities [..., classes] where it is
-    clearly ahead, and every entry of an integer output, is the same in all but `max-drop` of the cases. Bounds that the
-    run has for its checks count where they are stricter. Feeds in which a state goes from run to run are judged as such
-    sequences.
+    clearly ahead, and every entry of an integer output, is the same in all but `max-drop` of the cases. Outputs that
+    hold what TopK or NonMaxSuppression picked are judged by what that picks from. Bounds that the run has for its
+    checks count where they are stricter. Feeds in which a state goes from run to run are judged as such sequences.
 
     With `timing=measure` the parts of this model are timed on this machine, in place of the table, and the JSON report
     says what they took; `decisions` names such a report, to decide by it again without the clock.
@@ -72,16 +74,23 @@ class QuantizeAuto(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without data, ``BadFeeds`` for data that hold NaN or infinity."""
-        bench = Bench(model, ctx, self._bars(ctx), self.target, self.keep)
+        bars = self._bars(ctx)
+        picked = None if ctx.has("metric") or bars.on_outputs else picks(model)
+        bench = Bench(picked.show(model) if picked else model, ctx, bars, self.target, self.keep, picked)
         bench.costs = costs_by(self.timing, self.decisions, self.target, bench.grids, ctx)
         search = Search(bench)
         found = search.run()
         if found is None:
             ctx.skip("model", search.reason)
             return
+        made = found.treated.model
+        if picked is not None:
+            ctx.change(", ".join(sorted(picked.outputs)), str(picked))
+            picked.hide(made)
+            Pipeline.of("remove-dead-code").run(made, ctx.for_step(ctx.step))
         search.tell(found)
         write_times(bench.costs, ctx)
-        become(model, found.treated.model)
+        become(model, made)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from ..base import Context
 from ..feeds import Some
 from ..judge import Bars, Fidelity, Judge
 from ..meter import Meter
+from ..picks import Picks
 from ..selection import Selection
 from .calibrators import Method
 from .costs import Table, Target
@@ -73,14 +74,25 @@ class Subject:
 
 
 class Bench:
-    """Where candidates are made and judged. ``subject`` is the form of the model that is worked on."""
+    """Where candidates are made and judged, by what is ``picked`` from where ``original`` gives that out too.
 
-    def __init__(self, original: ir.Model, ctx: Context, bars: Bars, target: Target, keep: Selection) -> None:
+    ``subject`` is the form of the model that is worked on.
+    """
+
+    def __init__(
+        self,
+        original: ir.Model,
+        ctx: Context,
+        bars: Bars,
+        target: Target,
+        keep: Selection,
+        picked: Picks | None = None,
+    ) -> None:
         self.original, self.ctx, self.bars, self.keep = original, ctx, bars, keep
         self.grids = Grids(U8, S8_7BIT if target == "cpu-avx2" else S8)
         self.costs: Costs = Foretold(Table.of(target))
         self.known = known_shapes(original)
-        self.judge = Judge(original, ctx)
+        self.judge = Judge(original, ctx, picked)
         self.meter: Meter | None = None
         self.preparation = ctx.for_step(ctx.step)
         model = copy(original)

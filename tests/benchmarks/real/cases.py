@@ -109,8 +109,8 @@ _SOURCES = {
     "ppocr-rec": _ocr("rec", "characters", Bars(0.005, 0.76, megabytes=3.3)),
     "ppocr-det": _ocr("det", "hmean", Bars(0.005, 0.70)),
     "ppocr-cls": _ocr("cls", "accuracy", Bars(0.005, 1.00, 0.36)),
-    "resnet18": _photographs("resnet18", Bars(latency=0.36)),
-    "mobilenetv2": _photographs("mobilenetv2", Bars(latency=0.56)),
+    "resnet18": _photographs("resnet18", Bars(latency=1 / 2.8)),
+    "mobilenetv2": _photographs("mobilenetv2", Bars(latency=1 / 1.8)),
 }
 NAMES = tuple(_SOURCES)
 
