@@ -100,7 +100,7 @@ class Judge:
         feeds = ctx.check_data if ctx.has("check_data") else ctx.data
         self.model, self.ctx, self.runner = model, ctx, ctx.runner
         self.features = {output.name for output in model.graph.outputs if _are_features(output)}
-        self.features.update(() if picked is None else picked.values)
+        self.features.update(picked.values if picked is not None and picked.gathers else ())
         self.feeds = _spread(feeds, MOST_RUNS)
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = None

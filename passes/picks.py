@@ -16,16 +16,21 @@ from ..ir.constants import is_constant
 from ..ir.ops import operator
 from ..ir.shapes import infer_shapes
 
-_PICKING = ("TopK", "NonMaxSuppression", "NonZero", "Compress")
+_LEAVING = ("NonMaxSuppression", "NonZero", "Compress")
+_PICKING = ("TopK", *_LEAVING)
 
 
 @dataclass(frozen=True)
 class Picks:
-    """``outputs`` of the main graph lie behind ``nodes`` that pick; ``values`` are the floats before these, by name."""
+    """``outputs`` of the main graph lie behind ``nodes`` that pick; ``values`` are the floats before these, by name.
+
+    ``gathers``: rows of something else are picked by the scores, so that these are none of classes.
+    """
 
     nodes: tuple[str, ...]
     outputs: frozenset[str]
     types: Mapping[str, ir.TypeProtocol | None]
+    gathers: bool
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -89,6 +94,7 @@ def picks(model: ir.Model) -> Picks | None:
         tuple(f"{node.op_type} '{node.name or node.outputs[0].name}'" for node in picking),
         frozenset(value.name or "" for value in outputs),
         {value.name or "": value.type for value in values if value not in own},
+        gathers=any(node.op_type.startswith("Gather") or node.op_type in _LEAVING for node in nodes),
     )
 
 

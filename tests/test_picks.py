@@ -98,6 +98,18 @@ def test_what_is_judged_as_it_is(parse: Parse, old: str, new: str) -> None:
     assert picks(detector(parse, text.replace(old, new))) is None
 
 
+def test_the_classes_of_a_classifier_are_told_from_the_scores_of_a_detector(parse: Parse) -> None:
+    """Of the first five classes the first is to be the same; the best row of a detector may be another."""
+    text = """<ir_version: 8, opset_import: ["": 17]> m (float[n,64] x) => (float[n,5] best, int64[n,5] index) <
+        float[64,256] w = {0}, float[256,20] v = {0}, int64[1] k = {5}
+    > { h = MatMul(x, w) r = Relu(h) scores = MatMul(r, v) best, index = TopK(scores, k) }"""
+    model, found = detector(parse, text), picks(detector(parse))
+    assert found is not None
+    assert found.gathers
+    report = run(model, "quantize-auto", data={"x": np.random.default_rng(1).standard_normal((200, 64), np.float32)})
+    assert any("of 200 cases the same" in change.what for change in report.passes[-1].ledger.changes)
+
+
 def test_thresholds_lead_to_floats(parse: Parse) -> None:
     """NonZero reads truths; what these are made of is compared."""
     model = parse(
