@@ -45,7 +45,7 @@ class Fidelity:
     """How a model compares with the float one: by output the SQNR in dB, and of how many cases how many are not the
     same; the greatest max|Δ|/max|y| of a float output; and the drop of the metric.
 
-    ``surely`` is the SQNR with noise one standard error more: on other data it may be so.
+    ``surely`` is the SQNR with noise one standard error more: on other data it may be so, and so many more cases differ.
     ``typical`` is noise over signal of the worst output in the run of the median. Where a run flips between two answers
     all noise of the others is little beside that, so it says more about where noise comes from than their sum.
     """
@@ -66,7 +66,8 @@ class Fidelity:
         if self.drop is not None:
             lost, least = [_share(max(self.drop, 0.0), bars.max_drop)], bars.least_sqnr
         else:
-            lost = [_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in self.flips.values()]
+            flips = [(lost + (_more(lost) if surely else 0.0), cases) for lost, cases in self.flips.values()]
+            lost = [_share(lost, math.ceil(bars.max_drop * cases)) for lost, cases in flips]
             least = max(bars.min_sqnr, bars.least_sqnr)
         if least > -math.inf:
             lost += [10 ** ((least - found) / 10) for found in (self.surely if surely else self.sqnr).values()]
@@ -233,6 +234,11 @@ def _spread(feeds: Iterable[Mapping[str, Array]], most: int) -> list[Mapping[str
 def _holds_something(output: Any) -> bool:
     """Whether an output has elements; sequences and maps count as they are."""
     return bool(np.size(output)) if isinstance(output, np.ndarray) else True
+
+
+def _more(cases: int) -> float:
+    """One standard error of a count of rare cases, but that one case is no more than itself."""
+    return max(0.0, math.sqrt(cases) - 1)
 
 
 def _share(lost: float, allowed: float) -> float:
