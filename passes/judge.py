@@ -45,7 +45,7 @@ class Fidelity:
     """How a model compares with the float one: by output the SQNR in dB, and of how many cases how many are not the
     same; the greatest max|Δ|/max|y| of a float output; and the drop of the metric.
 
-    ``surely`` is the SQNR with noise one standard error more: on other data it may be so, and so many more cases differ.
+    ``surely`` is the SQNR with noise one standard error more: on other data it may be so, and more cases may differ.
     ``typical`` is noise over signal of the worst output in the run of the median. Where a run flips between two answers
     all noise of the others is little beside that, so it says more about where noise comes from than their sum.
     """
