@@ -77,7 +77,14 @@ class Effect(enum.Enum):
 
 
 class Runner(Protocol):
-    """Runs models for passes; ``runtime.session`` implements it, so that passes need not import the runtime."""
+    """Runs models for passes; ``runtime.session`` implements it, so that passes need not import the runtime.
+
+    An ``exact`` one runs models as they are written unless told otherwise: optimizations off, weights not repacked, so
+    that graphs which compute the same give the same bits.
+    """
+
+    @property
+    def exact(self) -> bool: ...
 
     def run(
         self, model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None, level: Level = "all"
@@ -182,6 +189,7 @@ class Pass(ir.passes.InPlacePass):
     """
 
     name: ClassVar[str] = ""
+    keeps_inputs: ClassVar[bool] = False  # of a pass that brings its own reference
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,6 +14,7 @@ from .base import Array
 
 _MOST_CHANNELS = 256
 _CLEAR = 0.1  # by which the first of several probabilities is ahead of the second, where a model does not waver
+_MASK, _BESIDE = 100.0, 1e-3  # the least that hides what is not to be picked, and what is no more than beside it
 _APART = 8.0  # the ratio of magnitudes of neighbours in order from which there are two classes of scale
 
 
@@ -56,22 +57,24 @@ class Deviation:
 
     Some outputs hold quantities of unlike scale side by side, the boxes and scores of a detector say, and in one ratio
     the noise of the small ones would not show. So signal and noise are kept by channel too. Rows of ``features`` are no
-    scores of classes.
+    scores of classes. Where an output may be ``masked``, with large numbers in place of what is not to be picked, the
+    others count by themselves too.
     """
 
-    def __init__(self, *, features: bool = False) -> None:
-        self.features = features
+    def __init__(self, *, features: bool = False, masked: bool = False) -> None:
+        self.features, self.masked = features, masked
         self.is_float = False
         self.rows = self.same = 0
         self.greatest = self.farthest = 0.0
         self.runs: list[tuple[float, float]] = []
+        self.beside: list[tuple[float, float]] = []  # a mask
         self.channels: dict[int, list[tuple[Array, Array, Array]]] = {}  # by axis: signal, noise, greatest magnitude
 
     @property
     def energies(self) -> list[Energies]:
         """Those of all channels, and where these fall into two classes of scale those of each class."""
-        signal, noise = np.array(self.runs, np.float64).reshape(-1, 2).T
-        return [Energies(signal, noise), *itertools.chain.from_iterable(map(_classes, self.channels.values()))]
+        found = [Energies(*np.array(runs, np.float64).T) for runs in (self.runs, self.beside) if runs]
+        return [*found, *itertools.chain.from_iterable(map(_classes, self.channels.values()))]
 
     @property
     def error(self) -> float:
@@ -118,10 +121,19 @@ class Deviation:
         self.greatest = max(self.greatest, math.sqrt(power.max(initial=0)))
         self.farthest = max(self.farthest, math.sqrt(noise.max(initial=0)))
         self._by_channel(power, noise)
+        if self.masked:
+            self._beside(power, noise)
         if signal.ndim > 1 and signal.shape[-1] > 1 and not self.features and _are_scores(signal):
             same = (signal.argmax(-1) == other.argmax(-1))[_are_sure(signal)]
             self.rows += same.size
             self.same += int(same.sum())
+
+    def _beside(self, power: Array, noise: Array) -> None:
+        """What is small beside a mask, where nothing is in between."""
+        greatest = power.max(initial=0)
+        small = power <= _BESIDE**2 * greatest
+        if greatest >= _MASK**2 and small.any() and not (~small & (power < greatest / 4)).any():
+            self.beside.append((float(power[small].sum()), float(noise[small].sum())))
 
     def _by_channel(self, power: Array, noise: Array) -> None:
         for axis in range(1, power.ndim) if power.ndim > 2 else ():

@@ -102,6 +102,7 @@ class Judge:
         self.model, self.ctx, self.runner = model, ctx, ctx.runner
         self.features = {output.name for output in model.graph.outputs if _are_features(output)}
         self.features.update(picked.values if picked is not None and picked.gathers else ())
+        self.masked = frozenset(() if picked is None else picked.values)
         self.feeds = _spread(feeds, MOST_RUNS)
         self.states = _states(model, self.feeds, self._float_outputs())
         self.score = None
@@ -123,7 +124,9 @@ class Judge:
             for name, output in expected.items():
                 if name in self.besides:
                     continue
-                sums.setdefault(name, Deviation(features=name in self.features)).add(output, found.get(name))
+                if name not in sums:
+                    sums[name] = Deviation(features=name in self.features, masked=name in self.masked)
+                sums[name].add(output, found.get(name))
         floats = {name: one.energies for name, one in sums.items() if one.is_float}
         result = Fidelity(
             {name: min(one.sqnr for one in energies) for name, energies in floats.items()},

@@ -13,7 +13,7 @@ from ..ir.errors import NeedsData
 from ..ir.scopes import values
 from ..passes.base import Context
 from ..passes.pipeline import Pipeline
-from .check import changes_interface
+from .check import brings_reference
 from .draws import NoFeeds, random_feeds
 from .feeds import Feeds, Labels, read_feeds
 from .inputs import Feed
@@ -38,7 +38,7 @@ class Asked:
         Where one of them needs data for that, the interface counts as staying: data are for the model as it is. Raises
         what these passes raise.
         """
-        changers = [pass_ for pass_, _ in pipeline.steps() if changes_interface(pass_)]
+        changers = [pass_ for pass_, _ in pipeline.steps() if brings_reference(pass_) and not pass_.keeps_inputs]
         if not changers:
             return cls(model)
         after = model.clone()

@@ -75,11 +75,11 @@ class Checker(Instrument):
 
     def before(self, step: Step, model: ir.Model) -> None:
         pass_ = step.pass_
-        if changes_interface(pass_):
+        if brings_reference(pass_):
             self.last_change = model.clone()
         if self._mode == "off":
             return
-        alone = self._mode == "each" or changes_interface(pass_)
+        alone = self._mode == "each" or brings_reference(pass_)
         if alone or pass_.effect() is Effect.LOSSY:
             self.finish(model)
         if self._start is None and (alone or pass_.effect() is not Effect.LOSSY):
@@ -89,7 +89,7 @@ class Checker(Instrument):
         if self._start is None:
             return
         self._open.append(step.pass_)
-        if self._mode == "each" or changes_interface(step.pass_):
+        if self._mode == "each" or brings_reference(step.pass_):
             self.finish(model)
 
     def finish(self, model: ir.Model) -> None:
@@ -107,7 +107,7 @@ class Checker(Instrument):
             )
 
 
-def changes_interface(pass_: Pass) -> bool:
+def brings_reference(pass_: Pass) -> bool:
     """Whether the pass brings its own reference, since its outputs are not those of the model it found."""
     return type(pass_).reference is not Pass.reference
 
@@ -281,6 +281,7 @@ class _Plain:
 
     runner: OrtRunner
     bare: OrtRunner
+    exact: bool = True
 
     def run(
         self, model: ir.Model, feeds: Feeds, outputs: Sequence[str] | None = None, level: str | None = None

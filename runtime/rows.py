@@ -41,6 +41,8 @@ def _rank(node: ir.Node, read: Sequence[ir.Value], ranks: Ranks) -> int | None:
     """Of what ``node`` makes with a row for each sample; ``None`` where that is not known."""
     if any(attribute.is_ref() for attribute in node.attributes.values()) or not read:
         return None
+    if node.op_type == "CastLike":
+        return ranks.get(read[0])  # of the other only the type counts
     if operator(node).elementwise:
         return _broadcast(read, ranks)
     rule = None if node.domain else _RULES.get(node.op_type)
@@ -119,13 +121,13 @@ def _reduce(node: ir.Node, read: Sequence[ir.Value], ranks: Ranks) -> int | None
     if not axes or any(axis % rank == 0 for axis in axes):
         return None
     kept = node.attributes.get_int("keepdims", 1)
-    return rank if kept else rank - len(axes)
+    return rank if kept else rank - len({axis % rank for axis in axes})
 
 
 def _reshape(node: ir.Node, read: Sequence[ir.Value], ranks: Ranks) -> int | None:
     """To a shape that begins with a 0, or with a -1 before what a sample has elements."""
     del ranks
-    target = constant_ints(read[1])
+    target = constant_ints(read[1]) if len(read) > 1 else None  # opset 1 had an attribute
     if not target:
         return None
     if target[0] == 0:

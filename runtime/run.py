@@ -23,7 +23,7 @@ from ..passes.base import Context, Feeds, Limits
 from ..passes.instruments import Instrument, Step
 from ..passes.pipeline import Pipeline, Steps
 from .asked import Asked
-from .check import Breach, Checker, bisect, changes_interface, compare_reference, judge_models, unvisited
+from .check import Breach, Checker, bisect, brings_reference, compare_reference, judge_models, unvisited
 from .compare import Comparison
 from .draws import NoFeeds, tried
 from .feeds import Feeds as FeedSet
@@ -243,11 +243,17 @@ class _Proof:
         That reference is taken from the original model where there is one such pass, whatever other passes lost before
         it; of several, the last speaks for what it found.
         """
-        changers = [pass_ for pass_, _ in self.pipeline.steps() if changes_interface(pass_)]
-        before = (self.checker.last_change if len(changers) > 1 else None) or self.model
+        changers = [pass_ for pass_, _ in self.pipeline.steps() if brings_reference(pass_)]
+        last = self.checker.last_change
+        before = (last if len(changers) > 1 else None) or self.model
         if changers and (expected := changers[-1].reference(before, self.ctx)):
             self.report.check.beside = changers[-1].name
-            return compare_reference(expected, work, feeds, self.runner)
+            try:
+                return compare_reference(expected, work, feeds, self.runner)
+            except UsageError:  # what passes before it have made fit
+                if last is None or not (expected := changers[-1].reference(last, self.ctx)):
+                    raise
+                return compare_reference(expected, work, feeds, self.runner)
         judge = judge_models(before, work, feeds, self.runner)
         return judge if isinstance(judge, str) else judge.comparison
 

@@ -315,6 +315,7 @@ class OrtRunner:
         self.threads = threads
         self.prepack = prepack
         self.progress = progress
+        self.exact = False
         self._scores: dict[str, float] = {}
 
     def session(self, model: ir.Model, level: str = "all") -> InferenceSession:

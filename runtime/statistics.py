@@ -1,7 +1,8 @@
 """The calibration engine: one sweep over sample inputs answers all that any pass asks about values of a model.
 
 What is asked is reduced run by run and merged, so memory does not grow with the number of samples. Where the model
-leaves the batch open and treats each sample by itself - which is tried - samples of equal shape run together.
+leaves the batch open and treats each sample by itself - as its operators tell, else is tried - samples of equal shape
+run together.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def collect(
     """The statistic of each point over all ``feeds``, in one sweep; ``model`` stays as it is.
 
     Samples run in batches of up to ``BATCH`` where all inputs share an open first dimension, neighbours have equal
-    shapes, and a sample gives the same outputs in the first batch as alone. Else each feed runs as it is. Statistics
+    shapes, and operators keep samples apart or a sample gives the same outputs in the first batch as alone. Else each
+    feed runs as it is. Statistics
     of values with equal elements are equal for every order and grouping of the samples; ONNX Runtime's own kernels may
     move the last bits of an element with the size of a batch.
 

@@ -237,6 +237,33 @@ def test_a_number_that_is_off_is_noticed(parse: Parse, monkeypatch: pytest.Monke
         run(one, f"soup{{with=b method={method}}}", models={"b": two, "base": base}, metric=lambda session: 0.0)
 
 
+def test_the_proof_takes_weights_that_a_caller_may_set_and_a_batch_that_is_fixed(parse: Parse) -> None:
+    """Such weights are not packed for their kernels, which moves last bits; feeds are cut to what a member takes."""
+    one, two = near(parse, 2)
+    wide = [np.random.default_rng(seed).standard_normal((64, 200)).astype(np.float32) for seed in range(2)]
+    text = "m (float[N,64] x) => (float[N,200] y) <float[1] w = {0}> { y = MatMul(x, w) }"
+    models = [parse(text), parse(text.replace("float[N,", "float[1,"))]
+    for model, array in zip(models, wide, strict=True):
+        value = model.graph.initializers["w"]
+        value.const_value, value.shape = ir.Tensor(array, name="w"), ir.Shape(array.shape)
+    models[1].graph.inputs.append(models[1].graph.initializers["w"])
+    report = soup(models[0], "soup{with=b}", b=models[1])
+    assert report.check.segments[-1]["breaches"] == []
+    assert report.check.beside == "soup"
+    soup(one, "soup{with=b}", b=two)
+
+
+def test_passes_before_it_may_make_the_graphs_equal(parse: Parse) -> None:
+    one, two = near(parse, 2)
+    text = _text().replace("r = Relu(s)", "i = Identity(s) r = Relu(i)")
+    longer = parse(text)
+    for name, array in held(one).items():
+        longer.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+    report = run(longer, "clean,soup{with=b}", models={"b": two})
+    assert report.check.comparison is not None
+    assert report.check.comparison.max_error == 0
+
+
 def test_the_metric_of_a_model_is_taken_once(parse: Parse) -> None:
     """The proof of a greedy soup chooses once more, at no cost."""
     models, calls = near(parse, 3), []

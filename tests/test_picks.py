@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from penjing.passes.deviation import Deviation
 from penjing.passes.picks import picks
 from penjing.runtime.run import run
 from penjing.runtime.session import OrtRunner
@@ -108,6 +109,38 @@ def test_the_classes_of_a_classifier_are_told_from_the_scores_of_a_detector(pars
     assert found.gathers
     report = run(model, "quantize-auto", data={"x": np.random.default_rng(1).standard_normal((200, 64), np.float32)})
     assert any("of 200 cases the same" in change.what for change in report.passes[-1].ledger.changes)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "u = Transpose(t) y = MatMul(best, u)",
+        "h = Cast<to=10>(t) g = Cast<to=1>(h) y = MatMul(best, g)",
+        "y = own.Layer(best)",
+        "y = Gather(t, index)",
+    ],
+    ids=["weight turned", "weight decoded", "layer in a function", "embedding"],
+)
+def test_weights_behind_a_pick_are_seen(parse: Parse, behind: str) -> None:
+    """Else they would be quantized, and nobody would look at what that does."""
+    text = f"""<ir_version: 8, opset_import: ["": 17, "own": 1]> m (float[n,64] x) => (float[n,m] y) <
+        float[64,20] w = {{0}}, float[20,20] t = {{0}}, int64[1] k = {{20}}
+    > {{ scores = MatMul(x, w) best, index = TopK(scores, k) {behind} }}
+    <domain: "own", opset_import: ["": 17]> Layer (a) => (b) {{ b = Relu(a) }}"""
+    assert picks(detector(parse, text)) is None
+
+
+def test_a_mask_does_not_hide_what_is_beside_it() -> None:
+    """10,000 places of -1e9 are all of the signal; the scores beside them count by themselves."""
+    wanted = np.concatenate([np.full(10_000, -1e9), np.linspace(-5, 5, 100)]).astype(np.float32)
+    lost = np.where(wanted > -1e9, 0, wanted)
+    found = {}
+    for masked in (False, True):
+        deviation = Deviation(features=True, masked=masked)
+        deviation.add(wanted, lost)
+        found[masked] = min(one.sqnr for one in deviation.energies)
+    assert found[False] > 100
+    assert found[True] == 0
 
 
 def test_thresholds_lead_to_floats(parse: Parse) -> None:

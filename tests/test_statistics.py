@@ -263,6 +263,8 @@ def test_a_sample_is_run_twice_where_operators_do_not_tell(parse: Parse, monkeyp
         ("y = LayerNormalization<axis=0>(x, row)", False),
         ("r = RandomNormalLike(x)  y = Add(x, r)", False),
         ("y = CumSum(x, first)", False),
+        ("h = CastLike(w, x)  y = Add(h, x)", False),
+        ("h = CastLike(x, w)  y = Add(h, x)", True),
         ("y = Identity(w)", False),
     ],
 )
@@ -280,6 +282,13 @@ def test_which_operators_keep_samples_apart(parse: Parse, nodes: str, apart: boo
             found["y"] for found in OrtRunner().run(model, [{"x": x}, *({"x": row[None]} for row in x)])
         )
         assert np.allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shape_in_an_attribute_tells_nothing(parse: Parse) -> None:
+    text = (
+        '<ir_version: 3, opset_import: ["": 4]> m (float[n,4] x) => (float[n,2,2] y) { y = Reshape<shape=[-1,2,2]>(x) }'
+    )
+    assert not rows_stay_apart(parse(text), {"x"})
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn-a", "cnn-a-legacy", "teacher"])

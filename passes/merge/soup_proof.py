@@ -17,6 +17,7 @@ from ...ir.address import graphs
 from ...ir.errors import InvalidModel
 from ...ir.join import Member
 from ...ir.ops import is_random
+from ...ir.shapes import Dims, dims
 from ...ir.storage import MadeTensor
 from ..base import Array, Feeds, Outputs, Runner
 from .soup_batchnorm import store
@@ -39,18 +40,21 @@ def plainly(place: Place, mix: Mix) -> ir.TensorProtocol:
 def prove_places(
     model: ir.Model, everyone: Sequence[Member], places: Sequence[Place], feeds: Feeds, runner: Runner
 ) -> None:
-    """Run each member beside the first with its weights in their places, on the first feeds, optimizations off.
+    """Run each member beside the first with its weights in their places, on the first feeds, by an exact ``runner``.
 
-    ``model`` is the first of ``everyone`` and ends with its own. Raises ``InvalidModel`` where bits differ.
+    ``model`` is the first of ``everyone`` and ends with its own. Nothing is shown of a model with random operators.
+    Raises ``InvalidModel`` where bits differ.
     """
     if any(is_random(node) for _, graph in graphs(model) for node in graph):
         return
     told = list(islice(feeds, _RUNS))
     for number, member in enumerate(everyone[1:], 1):
         _put(places, number)
-        pairs = list(zip(_inputs(model), _inputs(member.model), strict=True))
-        renamed = [{theirs: feed[own] for own, theirs in pairs if own in feed} for feed in told]
-        runs = zip(runner.run(model, told, level="off"), runner.run(member.model, renamed, level="off"), strict=True)
+        pairs = zip(_inputs(model), _inputs(member.model), strict=True)
+        inputs = [(own.name or "", their.name or "", dims(their)) for own, their in pairs]
+        cut = [{own: _cut(feed[own], sizes) for own, _, sizes in inputs if own in feed} for feed in told]
+        renamed = [{their: feed[own] for own, their, _ in inputs if own in feed} for feed in cut]
+        runs = zip(runner.run(model, cut), runner.run(member.model, renamed), strict=True)
         if name := next(filter(None, (_unlike(found, wanted) for found, wanted in runs)), None):
             raise InvalidModel(
                 "The soup",
@@ -64,8 +68,15 @@ def _put(places: Sequence[Place], number: int) -> None:
         store(place.value, place.all[number])
 
 
-def _inputs(model: ir.Model) -> list[str]:
-    return [value.name or "" for value in model.graph.inputs if not value.is_initializer()]
+def _inputs(model: ir.Model) -> list[ir.Value]:
+    return [value for value in model.graph.inputs if not value.is_initializer()]
+
+
+def _cut(array: Any, sizes: Dims | None) -> Any:
+    """As much of ``array`` as an input of these ``sizes`` takes, where they are fixed and fewer."""
+    if not isinstance(array, np.ndarray) or not sizes or len(sizes) != array.ndim:
+        return array
+    return array[tuple(slice(size if isinstance(size, int) else None) for size in sizes)]
 
 
 def _unlike(found: Outputs, wanted: Outputs) -> str | None:
@@ -77,10 +88,11 @@ def _unlike(found: Outputs, wanted: Outputs) -> str | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, np.ndarray) and one.dtype.kind in "fc":
-        return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=True)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        same = one.dtype == other.dtype and one.shape == other.shape
+        return same and bool(np.all((one == other) | ((one != one) & (other != other))))
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    return bool(np.array_equal(one, other))
+    return bool(one == other)

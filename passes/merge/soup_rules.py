@@ -138,7 +138,10 @@ class TaskArithmetic(Everywhere):
 
     def __call__(self, rows: Array, start: int) -> Array:
         del start
-        return np.asarray(rows[-1] + np.asarray(self.weights) @ (rows[:-1] - rows[-1]))
+        change = (rows[0] - rows[-1]) * self.weights[0]
+        for row, weight in zip(rows[1:-1], self.weights[1:], strict=True):
+            change += (row - rows[-1]) * weight
+        return np.asarray(rows[-1] + change)
 
 
 @dataclass

@@ -8,7 +8,7 @@ the capacity of a cut (Greig, Porteous and Seheult, 1989), so no choice of regio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from .units import Role, Unit, readers
 Sizes = Callable[[ir.Value], tuple[int, ...]]
 
 _INTEGER, _FLOAT = "integer", "float"
-_SHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "MatMul")  # what a Transpose does not move behind
+_SHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MatMul")  # what a Transpose does not move behind
 _TICKS = 16  # a nanosecond in so many whole units, for the cut is exact in integers only
 
 
@@ -98,13 +98,14 @@ def place(
     network = nx.DiGraph()
     makers = {value: unit for unit in units for value in unit.outputs}
     members = {node: unit for unit in units for node in unit.nodes}
+    last = _channels_last(units)
     for unit in units:
         in_float, on_integers = choose(unit)
         _join(network, _INTEGER, unit, in_float)  # cut where the unit is in float
         _join(network, unit, _FLOAT, on_integers)
     for value in dict.fromkeys(value for unit in units for value in (*unit.sources, *unit.outputs)):
         reading = _reading(value, members)
-        turned = len(dims(value)) > 2 and (_by_conv(value, makers) or any(map(_is_conv, reading[0])))
+        turned = len(dims(value)) > 2 and (value in last or any(map(_is_conv, reading[0])))
         _add_value(network, value, makers.get(value), reading, turned, dims, costs)
     ticks, (integers, _) = nx.minimum_cut(network, _INTEGER, _FLOAT)
     return [unit for unit in units if unit in integers], ticks / _TICKS
@@ -179,16 +180,11 @@ def _is_conv(unit: Unit) -> bool:
     return unit.node.op_type == "Conv"
 
 
-def _by_conv(value: ir.Value, makers: Mapping[ir.Value, Unit]) -> bool:
-    """Whether a convolution made ``value``, or what sums, pools and the like took on channels-last."""
-    waiting, seen = [value], set[Unit]()
-    while waiting:
-        maker = makers.get(waiting.pop())
-        if maker is None or maker in seen:
-            continue
-        if _is_conv(maker):
-            return True
-        seen.add(maker)
-        if maker.role is not Role.LAYER and maker.node.op_type not in _SHAPES:
-            waiting += maker.sources
-    return False
+def _channels_last(units: Sequence[Unit]) -> set[ir.Value]:
+    """What convolutions make, and what sums, pools and the like take on channels-last; ``units`` are in order."""
+    found: set[ir.Value] = set()
+    for unit in units:
+        along = unit.role is not Role.LAYER and unit.node.op_type not in _SHAPES
+        if _is_conv(unit) or (along and found.intersection(unit.sources)):
+            found.update(unit.outputs)
+    return found
