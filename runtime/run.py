@@ -241,19 +241,20 @@ class _Proof:
         """The result beside the original, or beside the reference of a pass that changed the interface.
 
         That reference is taken from the original model where there is one such pass, whatever other passes lost before
-        it; of several, the last speaks for what it found.
+        it, unless it does not take that model; then, and of several the last, it speaks for what it found.
         """
         changers = [pass_ for pass_, _ in self.pipeline.steps() if brings_reference(pass_)]
-        last = self.checker.last_change
-        before = (last if len(changers) > 1 else None) or self.model
-        if changers and (expected := changers[-1].reference(before, self.ctx)):
+        last = self.checker.last_change or self.model
+        for before in (self.model, last) if len(changers) == 1 else (last,):
+            expected = changers[-1].reference(before, self.ctx) if changers else None
+            if expected is None:
+                break
             self.report.check.beside = changers[-1].name
             try:
                 return compare_reference(expected, work, feeds, self.runner)
-            except UsageError:  # what passes before it have made fit
-                if last is None or not (expected := changers[-1].reference(last, self.ctx)):
+            except UsageError:
+                if before is last:
                     raise
-                return compare_reference(expected, work, feeds, self.runner)
         judge = judge_models(before, work, feeds, self.runner)
         return judge if isinstance(judge, str) else judge.comparison
 

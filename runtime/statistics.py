@@ -44,9 +44,8 @@ def collect(
 
     Samples run in batches of up to ``BATCH`` where all inputs share an open first dimension, neighbours have equal
     shapes, and operators keep samples apart or a sample gives the same outputs in the first batch as alone. Else each
-    feed runs as it is. Statistics
-    of values with equal elements are equal for every order and grouping of the samples; ONNX Runtime's own kernels may
-    move the last bits of an element with the size of a batch.
+    feed runs as it is. Statistics of values with equal elements are equal for every order and grouping of the samples;
+    ONNX Runtime's own kernels may move the last bits of an element with the size of a batch.
 
     Raises ``Unanswered``, which holds the answers to all other points, where a value holds NaN or infinity, is not of
     floats where the point needs that, is inside a function, in a body that gives nothing out, or asked for as a whole

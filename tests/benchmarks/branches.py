@@ -3,7 +3,7 @@
     python -m tests.benchmarks.branches                  # ratios of whole models, about two minutes
     python -m tests.benchmarks.branches --write          # passes/merge/branches-costs.json, some five minutes
 
-All forms of a model are runs of the same graph in one process, by turns, on one thread; CPU time. In the table a
+What is compared runs in one process, by turns, on one thread; CPU time. In the table a
 layer's time is a slope: that of a model with five of them, less that of one with one, over four.
 """
 
