@@ -22,6 +22,7 @@ from ..base import Array, Context, Effect, Feeds, Pass, register
 from ..feeds import Some
 from ..points import Mean
 from ..selection import NOTHING, Selection, left_out
+from .fold_columns import plain
 from .original import Layer, original, quantized_layers
 
 _CHANNELS = {"Conv": 1, "ConvTranspose": 1, "Gemm": -1, "MatMul": -1}
@@ -56,6 +57,10 @@ class CorrectBias(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without sample data or the float model."""
+        with plain(model, ctx):
+            self._run(model, ctx)
+
+    def _run(self, model: ir.Model, ctx: Context) -> None:
         float_model, trial = original(model, ctx), model.clone()
         found = self._biases(trial, float_model, ctx)
         data = Some(ctx.data, self.runs)

@@ -19,6 +19,7 @@ from ..base import Array, Context, Effect, Pass, register
 from ..gptq import Moments, Rows
 from ..gram import Gram, GramStatistic, in_its_layout
 from ..selection import NOTHING, Selection, left_out
+from .fold_columns import plain
 from .original import Layer, original, quantized_layers
 
 _MEMORY = 256 << 20  # bytes of moments that are collected in one sweep over the data
@@ -79,6 +80,10 @@ class RoundAdaptively(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Raises ``NeedsData`` without sample data or the float model."""
+        with plain(model, ctx):
+            self._run(model, ctx)
+
+    def _run(self, model: ir.Model, ctx: Context) -> None:
         float_model = original(model, ctx)
         tasks = self._tasks(model, float_model, ctx)
         for chunk in _chunks(tasks):

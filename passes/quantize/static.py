@@ -20,6 +20,7 @@ from ..selection import left_out
 from .calibrators import Method
 from .costs import Target
 from .filters import REASON
+from .fold_columns import fold
 from .insertion import Grids
 from .observe import Observed, observe, read_observed
 from .original import remember
@@ -102,6 +103,8 @@ class QuantizeStatic(Pass):
         QuantizeWeights(only=self.only, keep=Selection((*self.keep.patterns, *exact))).run(model, own)
         ctx.ledger.changes += own.ledger.changes
         ctx.ledger.skips += [skip for skip in own.ledger.skips if skip.subject in constants]  # not what was made here
+        if self.target != "any":
+            fold(model, ctx, lambda conv: costs.folds(conv, sizes))
         forget_shapes(model, known)
         write_times(costs, ctx)
         if not ctx.ledger.changes and not ctx.ledger.skips:

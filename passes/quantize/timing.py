@@ -90,7 +90,8 @@ class Measured:
 
     def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
         part = Part.of_unit(unit, dims)
-        forms: Forms = {"float": nets.in_float, "integer": functools.partial(nets.on_integers, grids=self.grids)}
+        integer = functools.partial(nets.on_integers, grids=self.grids, folds=self.folds)
+        forms: Forms = {"float": nets.in_float, "integer": integer}
         times = self._times(
             f"{part}, {self._kinds}", part, forms, dict(zip(forms, self._told(unit, dims), strict=True))
         )
@@ -105,6 +106,10 @@ class Measured:
         subject = f"{part}, input quantized in each run, {self._kinds}"
         times = self._times(subject, part, forms, dict(zip(forms, told, strict=True)))
         return times["float"], times.get("dynamic", math.inf)
+
+    def folds(self, conv: ir.Node, dims: Sizes) -> bool:
+        """By the table: its time is measured as that says."""
+        return Foretold(self.table).folds(conv, dims)
 
     def quantize(self, elements: int) -> float:
         return self._crossings.quantize_cost(elements)

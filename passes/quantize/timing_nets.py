@@ -9,7 +9,7 @@ own, and in float merge activation functions and additions with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from ..base import Array, Context
 from ..selection import Selection
 from .dynamic import GRIDS as DYNAMIC_GRIDS
 from .dynamic import QuantizeDynamic
+from .fold_columns import fold
 from .insertion import Grids, Inserter
 from .placement import Sizes
-from .plan import Plan, scales
+from .plan import Plan, scales, sizes_of
 from .units import Unit
 
 _COPIES = (5, 3, 2)
@@ -137,10 +138,10 @@ def in_float(part: Part) -> Pair:
     return Pair(more.model(), less.model(), copies - 1, more.feed)
 
 
-def on_integers(part: Part, grids: Grids) -> Pair | None:
-    """The same between integers; None where there is no integer kernel."""
+def on_integers(part: Part, grids: Grids, folds: Callable[[ir.Node, Sizes], bool]) -> Pair | None:
+    """The same between integers, columns folded where that ``folds``; None where there is no integer kernel."""
     pair = in_float(part)
-    done = [_quantized(model, grids) for model in (pair.more, pair.less)]
+    done = [_quantized(model, grids, folds) for model in (pair.more, pair.less)]
     return pair if all(done) else None
 
 
@@ -159,7 +160,7 @@ def dynamic(part: Part, grids: Grids) -> Pair | None:
     return pair
 
 
-def _quantized(model: ir.Model, grids: Grids) -> bool:
+def _quantized(model: ir.Model, grids: Grids, folds: Callable[[ir.Node, Sizes], bool]) -> bool:
     """Put all of a net on integers; whether the part is."""
     plan = Plan.of(model)
     ((scope, units),) = plan.units
@@ -168,6 +169,7 @@ def _quantized(model: ir.Model, grids: Grids) -> bool:
     inserter = Inserter(model, grids, found, Names(model))
     inserter.write(scope, units)
     inserter.finish()
+    fold(model, Context(), lambda conv: folds(conv, sizes_of({})))
     return parts <= {node for unit in units for node in unit.nodes} | {
         node
         for node in parts

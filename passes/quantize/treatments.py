@@ -24,6 +24,7 @@ from .bias import CorrectBias
 from .calibrators import Method
 from .dynamic import QuantizeDynamic
 from .float16 import ToFloat16
+from .fold_columns import fold
 from .insertion import Grids, Inserter
 from .observe import Observed
 from .original import remember
@@ -115,6 +116,7 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
     if choice.mended:
         _mend(work, observed.samples, ctx)
+    fold(work, ctx, lambda conv: costs.folds(conv, sizes))
     return Treated(work, static, dynamic, cost, ctx.ledger)
 
 

@@ -1,0 +1,255 @@
+"""First convolutions on integers, their columns folded into channels; and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.constants import is_constant
+from ...ir.match import Replacement, attribute, decline, rule
+from ...ir.shapes import infer_shapes
+from ...ir.trace import constant
+from ..base import NOTHING, Context, Effect, Pass, Selection, register
+from ..rewrite import Tape, rewrite
+from ..selection import left_out
+from .columns import Array, Folding, folding
+from .costs import Table
+from .float_operators import attributes, three
+from .placement import Foretold
+from .plan import forget_shapes, known_shapes, sizes_of
+
+_KEY = "penjing.columns"  # of a folded Conv's metadata, which goes into the file
+_LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # to channels last, and back
+_SUFFIX = "_folded"  # of its name
+_ACTIVATIONS = ("Relu", "Clip")
+
+
+@register("fold-columns")
+class FoldColumns(Pass):
+    """Fold columns of images into channels, for which first convolutions on int8 have a quick kernel.
+
+    ONNX Runtime's takes channels by fours. A Conv of one to three channels between DequantizeLinear and QuantizeLinear has
+    as many once some columns of the image, 4 in most cases, are the channels of one; its weights are copied for what
+    that holds of the result, with zeros beside them. On integers it computes the same numbers. The image's width has to
+    be known, and a multiple of those columns. Folded is what the cost table for the target predicts to gain by it.
+
+    ``quantize-static`` and ``quantize-auto`` end with this; passes that mend rounding, and ``dequantize``, see the
+    convolution as it was.
+    """
+
+    target: Literal["cpu-vnni", "cpu-avx2"] = "cpu-vnni"
+    only: Selection = NOTHING
+    keep: Selection = NOTHING
+
+    def effect(self) -> Effect:
+        """Rounding: without its integer kernels the runtime sums floats in another order."""
+        return Effect.ROUNDING
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        known = known_shapes(model)
+        infer_shapes(model)
+        costs, sizes = Foretold(Table.of(self.target)), sizes_of({})
+
+        def wanted(conv: ir.Node) -> bool:
+            if reason := left_out(conv, self.only, self.keep):
+                decline(reason)
+            return costs.folds(conv, sizes) or decline("it is predicted to be slower")
+
+        fold(model, ctx, wanted)
+        forget_shapes(model, known)
+        if not ctx.ledger.changes and not ctx.ledger.skips:
+            ctx.skip("model", "it has no first convolution on integers whose columns could be folded")
+
+
+def fold(model: ir.Model, ctx: Context, wanted: Callable[[ir.Node], bool]) -> None:
+    """Fold what can be and is ``wanted``, a line of the ledger each; sizes are as the model says."""
+
+    def columns_folded_into_channels(tape: Tape, root: ir.Node) -> Replacement:
+        layer = _Layer.of(root)
+        how = None if layer is None else folding(layer.conv)
+        return layer.folded(tape, how) if layer is not None and how is not None and wanted(layer.conv) else None
+
+    rewrite(model, [rule("root @ QuantizeLinear(*_)", shared=True)(columns_folded_into_channels)], ctx)
+
+
+def unfold(model: ir.Model, ctx: Context) -> set[str]:
+    """Write convolutions as they were before their columns were folded; their names."""
+    names = set[str]()
+
+    def columns_unfolded(tape: Tape, root: ir.Node) -> Replacement:
+        layer = _behind(root)
+        made = None if layer is None else layer.unfolded(tape)
+        if layer is not None and made is not None:
+            names.add((layer.conv.name or "").removesuffix(_SUFFIX))
+        return made
+
+    rewrite(model, [rule("root @ Transpose(_)", shared=True)(columns_unfolded)], ctx)
+    return names
+
+
+@contextmanager
+def plain(model: ir.Model, ctx: Context) -> Iterator[None]:
+    """Convolutions as they were before their columns were folded, as long as this lasts."""
+    names = unfold(model, ctx.for_step(ctx.step))
+    yield
+    if names:
+        fold(model, ctx.for_step(ctx.step), lambda conv: conv.name in names)
+
+
+# One layer ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A Conv on integers: the nodes that ONNX Runtime makes one kernel of."""
+
+    quantize: ir.Node  # what it computes
+    activation: ir.Node | None
+    conv: ir.Node
+    image: ir.Node  # DequantizeLinear
+    weight: ir.Node  # DequantizeLinear
+    bias: ir.Node | None  # DequantizeLinear; a bias may be a constant of floats too
+
+    @classmethod
+    def of(cls, quantize: ir.Node) -> Self | None:
+        """The layer whose result ``quantize`` rounds; None where there is none, or of other types than the quick kernel
+        takes: images of uint8, weights of int8 whose zero points are 0."""
+        conv, activation = _maker(quantize.inputs[0]), None
+        if conv is not None and conv.op_type in _ACTIVATIONS:
+            conv, activation = _maker(conv.inputs[0]), conv
+        if conv is None or conv.op_type != "Conv" or conv.domain:
+            return None
+        image, weight, bias = (None if value is None else value.producer() for value in three(conv))
+        if image is None or weight is None or {image.op_type, weight.op_type} != {"DequantizeLinear"}:
+            return None
+        found = cls(quantize, activation, conv, image, weight, bias)
+        return found if found._is_quick() else None
+
+    def _is_quick(self) -> bool:
+        stored, scale = constant(self.weight.inputs[0]), constant(self.weight.inputs[1])
+        zeros, zero = constant(three(self.image)[2]), constant(three(self.weight)[2])
+        if zeros is None or zeros.dtype != np.uint8 or stored is None or stored.dtype != np.int8 or scale is None:
+            return False
+        by_output = scale.size == 1 or attribute(self.weight, "axis", 1) in (0, -stored.ndim)
+        bias = three(self.conv)[2]
+        if self.bias is not None:
+            bias = self.bias.inputs[0] if self.bias.op_type == "DequantizeLinear" else None
+        plain = bias is None and self.bias is None
+        return by_output and (zero is None or not zero.any()) and (plain or is_constant(bias))
+
+    def folded(self, tape: Tape, how: Folding) -> ir.Value:
+        """The same with columns folded; its result is as it was."""
+        outputs, inputs = self._stored.shape[:2]
+        x = self.image.inputs[0]
+        assert x is not None
+        if inputs > 1:
+            x = tape.Transpose(x, perm=_LAST)
+        x = tape.Transpose(_shaped(tape, x, how.columns // how.factor, how.factor * inputs), perm=_FIRST)
+        pads = [how.top, how.before, how.bottom, how.after]
+        made = self._with(tape, x, how.folded(self._stored), lambda part: np.tile(part, how.steps), pads, (1, 1))
+        conv = next(node for node in tape.nodes if node.op_type == "Conv")
+        conv.name = f"{self.conv.name}{_SUFFIX}" if self.conv.name else None
+        conv.metadata_props[_KEY] = str(how)
+        made = _shaped(tape, tape.Transpose(made, perm=_LAST), how.columns // how.stride, outputs)
+        return tape.Transpose(made, perm=_FIRST)  # type: ignore[no-any-return]
+
+    def unfolded(self, tape: Tape) -> ir.Value | None:
+        """The inverse of ``folded``; None where this is no such layer, or something changed it since."""
+        how = Folding.parse(self.conv.metadata_props.get(_KEY, ""))
+        x = None if how is None else self._image_before(how)
+        if how is None or x is None or self._stored.shape[0] % how.steps:
+            return None
+        weight = how.unfolded(self._stored)
+        if not np.array_equal(how.folded(weight), self._stored):
+            return None
+        pads, across = [how.top, how.left, how.bottom, how.right], (how.stride, how.dilation)
+        return self._with(tape, x, weight, lambda part: part[: len(weight)], pads, across)
+
+    @property
+    def _stored(self) -> Array:
+        return _array(self.weight.inputs[0])
+
+    def _image_before(self, how: Folding) -> ir.Value | None:
+        """The image before its columns were folded."""
+        shaped = _made_by("Transpose", self.image.inputs[0])
+        before = _made_by("Reshape", shaped)
+        return before if self._stored.shape[1] == how.factor else _made_by("Transpose", before)
+
+    def _with(
+        self,
+        tape: Tape,
+        x: ir.Value | None,
+        weight: Array,
+        fit: Callable[[Array], Array],
+        pads: Sequence[int],
+        across: tuple[int, int],
+    ) -> ir.Value:
+        """The layer with another image and weight; ``fit`` makes what there is for each output channel as many, and
+        ``across`` are stride and dilation of columns."""
+        image = tape.DequantizeLinear(x, *self.image.inputs[1:], **attributes(self.image))
+        inputs = [image, _decoded(tape, self.weight, weight, fit)]
+        if self.bias is not None:
+            inputs.append(_decoded(tape, self.bias, fit(_array(self.bias.inputs[0])), fit))
+        elif (bias := three(self.conv)[2]) is not None:
+            inputs.append(tape.constant(fit(_array(bias)), instead_of=bias))
+        conv = self.conv
+        down = (attribute(conv, "strides", (1, 1))[0], attribute(conv, "dilations", (1, 1))[0])
+        made = tape.Conv(
+            *inputs,
+            name=(conv.name or "").removesuffix(_SUFFIX) or None,
+            **attributes(conv, "auto_pad", "kernel_shape", "pads", "strides", "dilations"),
+            kernel_shape=list(weight.shape[2:]),
+            pads=list(pads),
+            strides=[down[0], across[0]],
+            dilations=[down[1], across[1]],
+        )
+        kept = {key: text for key, text in conv.metadata_props.items() if key != _KEY}
+        made.producer().metadata_props.update(kept)
+        if (activation := self.activation) is not None:
+            made = tape.op("", activation.op_type, made, *activation.inputs[1:], **attributes(activation))
+        return tape.QuantizeLinear(made, *self.quantize.inputs[1:], **attributes(self.quantize))  # type: ignore[no-any-return]
+
+
+def _decoded(tape: Tape, node: ir.Node, stored: Array, fit: Callable[[Array], Array]) -> ir.Value:
+    """A constant of integers with the scales of that which ``node`` decodes."""
+    parts: list[ir.Value | None] = [tape.constant(stored, instead_of=node.inputs[0])]
+    for value in node.inputs[1:]:
+        part = constant(value)
+        parts.append(value if part is None or part.size == 1 else tape.constant(fit(part), instead_of=value))
+    return tape.DequantizeLinear(*parts, **attributes(node))  # type: ignore[no-any-return]
+
+
+def _shaped(tape: Tape, x: ir.Value, columns: int, channels: int) -> ir.Value:
+    """Images with channels last, in so many columns and channels."""
+    shape = np.array([0, -1, columns, channels], np.int64)
+    return tape.Reshape(x, tape.constant(shape, f"{tape.root.name}_shape"))  # type: ignore[no-any-return]
+
+
+def _behind(root: ir.Node) -> _Layer | None:
+    """The layer of which ``root``, a Transpose, gives the columns back."""
+    shaped = _made_by("Reshape", root.inputs[0])
+    quantize = None if (made := _made_by("Transpose", shaped)) is None else made.producer()
+    return _Layer.of(quantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value that has one reader."""
+    alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+    return value.producer() if value is not None and alone else None
+
+
+def _made_by(op_type: str, value: ir.Value | None) -> ir.Value | None:
+    """What an operator made ``value`` of; None where another did."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == op_type else None
+
+
+def _array(value: ir.Value | None) -> Array:
+    found = constant(value)
+    assert found is not None
+    return found
