@@ -31,10 +31,11 @@ _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
 class Folding:
     """How the columns of one Conv are folded: ``factor`` of them in a block.
 
-    ``columns`` are those of the image; ``stride``, ``dilation`` and ``width`` of the window and the padding around the
-    image, in rows and columns, are those of the Conv before.
+    ``rows`` (0 where unknown) and ``columns`` are those of the image; ``stride``, ``dilation`` and ``width`` of the
+    window and the padding around the image, in rows and columns, are those of the Conv before.
     """
 
+    rows: int
     columns: int
     factor: int
     stride: int
@@ -114,7 +115,8 @@ def folding(conv: ir.Node) -> Folding | None:
     height, width = sizes[2:]
     if not isinstance(width, int) or (slide.pads is None and not isinstance(height, int)):
         return None
-    (top, bottom), (left, right) = slide.margins((height if isinstance(height, int) else 1, width))
+    rows = height if isinstance(height, int) else 0
+    (top, bottom), (left, right) = slide.margins((rows, width))
     stride, dilation = slide.strides[1], slide.dilations[1]
     made = (width + left + right - (window[1] - 1) * dilation - 1) // stride + 1
     if min(top, bottom, left, right) < 0 or made * stride != width:
@@ -123,7 +125,7 @@ def folding(conv: ir.Node) -> Folding | None:
         factor, total = steps * stride, steps * outputs
         fits = width % factor == 0 and factor * inputs % _TOGETHER == 0
         if fits and total >= _LEAST_OUTPUTS and total % _OUTPUTS == 0:
-            return Folding(width, factor, stride, dilation, window[1], top, left, bottom, right)
+            return Folding(rows, width, factor, stride, dilation, window[1], top, left, bottom, right)
     return None
 
 

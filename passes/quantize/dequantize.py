@@ -29,7 +29,7 @@ from .float_operators import (
     operator_rules,
     three,
 )
-from .fold_columns import unfold
+from .fold_columns import plain
 from .integer_moves import move_rules
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -57,8 +57,11 @@ class Dequantize(Pass):
         return Effect.LOSSY
 
     def run(self, model: ir.Model, ctx: Context) -> None:
+        with plain(model, ctx):
+            self._run(model, ctx)
+
+    def _run(self, model: ir.Model, ctx: Context) -> None:
         made = Constants()
-        unfold(model, ctx)
         rewrite(model, self._asked([*operator_rules(made), *move_rules(), *dynamic_rules(made)]), ctx)
         rewrite(model, self._asked(_rounding_rules(made)), ctx)
         made.give_names(model)

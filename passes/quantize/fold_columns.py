@@ -33,10 +33,10 @@ _ACTIVATIONS = ("Relu", "Clip")
 class FoldColumns(Pass):
     """Fold columns of images into channels, for which first convolutions on int8 have a quick kernel.
 
-    ONNX Runtime's takes channels by fours. A Conv of one to three channels between DequantizeLinear and QuantizeLinear has
-    as many once some columns of the image, 4 in most cases, are the channels of one; its weights are copied for what
-    that holds of the result, with zeros beside them. On integers it computes the same numbers. The image's width has to
-    be known, and a multiple of those columns. Folded is what the cost table for the target predicts to gain by it.
+    ONNX Runtime's takes channels by fours. A Conv of one to three channels between DequantizeLinear and QuantizeLinear
+    has as many once some columns of the image, 4 in most cases, are the channels of one; its weights are copied for
+    what that holds of the result, with zeros beside them. On integers it computes the same numbers. The image's width
+    has to be known, and a multiple of those columns. Folded is what the cost table for the target predicts to gain.
 
     ``quantize-static`` and ``quantize-auto`` end with this; passes that mend rounding, and ``dequantize``, see the
     convolution as it was.
@@ -55,50 +55,53 @@ class FoldColumns(Pass):
         infer_shapes(model)
         costs, sizes = Foretold(Table.of(self.target)), sizes_of({})
 
-        def wanted(conv: ir.Node) -> bool:
+        def how(conv: ir.Node) -> Folding | None:
+            if folding(conv) is None:
+                return None
             if reason := left_out(conv, self.only, self.keep):
                 decline(reason)
-            return costs.folds(conv, sizes) or decline("it is predicted to be slower")
+            return costs.folding(conv, sizes) or decline("it is predicted to be slower")
 
-        fold(model, ctx, wanted)
+        fold(model, ctx, how)
         forget_shapes(model, known)
         if not ctx.ledger.changes and not ctx.ledger.skips:
             ctx.skip("model", "it has no first convolution on integers whose columns could be folded")
 
 
-def fold(model: ir.Model, ctx: Context, wanted: Callable[[ir.Node], bool]) -> None:
-    """Fold what can be and is ``wanted``, a line of the ledger each; sizes are as the model says."""
+def fold(model: ir.Model, ctx: Context, how: Callable[[ir.Node], Folding | None]) -> None:
+    """Fold the convolutions of which ``how`` says how, a line of the ledger each."""
 
     def columns_folded_into_channels(tape: Tape, root: ir.Node) -> Replacement:
         layer = _Layer.of(root)
-        how = None if layer is None else folding(layer.conv)
-        return layer.folded(tape, how) if layer is not None and how is not None and wanted(layer.conv) else None
+        found = None if layer is None else how(layer.conv)
+        return None if layer is None or found is None else layer.folded(tape, found)
 
     rewrite(model, [rule("root @ QuantizeLinear(*_)", shared=True)(columns_folded_into_channels)], ctx)
 
 
-def unfold(model: ir.Model, ctx: Context) -> set[str]:
-    """Write convolutions as they were before their columns were folded; their names."""
-    names = set[str]()
+def unfold(model: ir.Model, ctx: Context) -> dict[str, Folding]:
+    """Write convolutions as they were before their columns were folded; how they were, by their names."""
+    found = dict[str, Folding]()
 
     def columns_unfolded(tape: Tape, root: ir.Node) -> Replacement:
         layer = _behind(root)
-        made = None if layer is None else layer.unfolded(tape)
-        if layer is not None and made is not None:
-            names.add((layer.conv.name or "").removesuffix(_SUFFIX))
+        how = None if layer is None else Folding.parse(layer.conv.metadata_props.get(_KEY, ""))
+        made = None if layer is None or how is None else layer.unfolded(tape, how)
+        if layer is not None and how is not None and made is not None:
+            found[(layer.conv.name or "").removesuffix(_SUFFIX)] = how
         return made
 
     rewrite(model, [rule("root @ Transpose(_)", shared=True)(columns_unfolded)], ctx)
-    return names
+    return found
 
 
 @contextmanager
 def plain(model: ir.Model, ctx: Context) -> Iterator[None]:
     """Convolutions as they were before their columns were folded, as long as this lasts."""
-    names = unfold(model, ctx.for_step(ctx.step))
+    found = unfold(model, ctx.for_step(ctx.step))
     yield
-    if names:
-        fold(model, ctx.for_step(ctx.step), lambda conv: conv.name in names)
+    if found:
+        fold(model, ctx.for_step(ctx.step), lambda conv: found.get(conv.name or ""))
 
 
 # One layer ------------------------------------------------------------------------------------------------------------
@@ -135,7 +138,9 @@ class _Layer:
         zeros, zero = constant(three(self.image)[2]), constant(three(self.weight)[2])
         if zeros is None or zeros.dtype != np.uint8 or stored is None or stored.dtype != np.int8 or scale is None:
             return False
-        by_output = scale.size == 1 or attribute(self.weight, "axis", 1) in (0, -stored.ndim)
+        if not _is_number(self.image.inputs[1]) or not _is_number(self.quantize.inputs[1]):
+            return False
+        by_output = scale.size == 1 or (scale.ndim == 1 and attribute(self.weight, "axis", 1) in (0, -stored.ndim))
         bias = three(self.conv)[2]
         if self.bias is not None:
             bias = self.bias.inputs[0] if self.bias.op_type == "DequantizeLinear" else None
@@ -149,20 +154,21 @@ class _Layer:
         assert x is not None
         if inputs > 1:
             x = tape.Transpose(x, perm=_LAST)
-        x = tape.Transpose(_shaped(tape, x, how.columns // how.factor, how.factor * inputs), perm=_FIRST)
+        rows = 0 if inputs > 1 else how.rows or -1  # 0 is as many as there are
+        x = _shaped(tape, x, rows, how.columns // how.factor, how.factor * inputs)
+        x = tape.Transpose(x, perm=_FIRST)
         pads = [how.top, how.before, how.bottom, how.after]
         made = self._with(tape, x, how.folded(self._stored), lambda part: np.tile(part, how.steps), pads, (1, 1))
         conv = next(node for node in tape.nodes if node.op_type == "Conv")
         conv.name = f"{self.conv.name}{_SUFFIX}" if self.conv.name else None
         conv.metadata_props[_KEY] = str(how)
-        made = _shaped(tape, tape.Transpose(made, perm=_LAST), how.columns // how.stride, outputs)
+        made = _shaped(tape, tape.Transpose(made, perm=_LAST), 0, how.columns // how.stride, outputs)
         return tape.Transpose(made, perm=_FIRST)  # type: ignore[no-any-return]
 
-    def unfolded(self, tape: Tape) -> ir.Value | None:
-        """The inverse of ``folded``; None where this is no such layer, or something changed it since."""
-        how = Folding.parse(self.conv.metadata_props.get(_KEY, ""))
-        x = None if how is None else self._image_before(how)
-        if how is None or x is None or self._stored.shape[0] % how.steps:
+    def unfolded(self, tape: Tape, how: Folding) -> ir.Value | None:
+        """The inverse of ``folded``; None where something changed the layer since."""
+        x, shape = self._image_before(how), self._stored.shape
+        if x is None or shape[0] % how.steps or shape[1] % how.factor or shape[3] != how.blocks:
             return None
         weight = how.unfolded(self._stored)
         if not np.array_equal(how.folded(weight), self._stored):
@@ -224,9 +230,9 @@ def _decoded(tape: Tape, node: ir.Node, stored: Array, fit: Callable[[Array], Ar
     return tape.DequantizeLinear(*parts, **attributes(node))  # type: ignore[no-any-return]
 
 
-def _shaped(tape: Tape, x: ir.Value, columns: int, channels: int) -> ir.Value:
-    """Images with channels last, in so many columns and channels."""
-    shape = np.array([0, -1, columns, channels], np.int64)
+def _shaped(tape: Tape, x: ir.Value, rows: int, columns: int, channels: int) -> ir.Value:
+    """Images with channels last, in so many rows, columns and channels."""
+    shape = np.array([0, rows, columns, channels], np.int64)
     return tape.Reshape(x, tape.constant(shape, f"{tape.root.name}_shape"))  # type: ignore[no-any-return]
 
 
@@ -247,6 +253,11 @@ def _made_by(op_type: str, value: ir.Value | None) -> ir.Value | None:
     """What an operator made ``value`` of; None where another did."""
     node = None if value is None else value.producer()
     return node.inputs[0] if node is not None and node.op_type == op_type else None
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    found = constant(value)
+    return found is not None and found.size == 1
 
 
 def _array(value: ir.Value | None) -> Array:

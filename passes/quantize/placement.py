@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from .columns import unrounded
+from .columns import Folding, unrounded
 from .costs import Table
 from .units import Role, Unit, readers
 
@@ -36,8 +36,8 @@ class Costs(Protocol):
         """A layer in float, and with its input quantized in each run; infinite where that cannot be."""
         ...
 
-    def folds(self, conv: ir.Node, dims: Sizes) -> bool:
-        """Whether a Conv between integers is quicker with columns folded into channels."""
+    def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
+        """How columns are folded into channels, where a Conv between integers is quicker so."""
         ...
 
     def quantize(self, elements: int) -> float:
@@ -73,8 +73,8 @@ class Foretold:
     def layer(self, node: ir.Node, dims: Sizes) -> tuple[float, float]:
         return self.table.float_cost(node, dims), self.table.dynamic_cost(node, dims)
 
-    def folds(self, conv: ir.Node, dims: Sizes) -> bool:
-        return self.table.folds(conv, lambda value: dims(unrounded(value)))
+    def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
+        return self.table.folding(conv, lambda value: dims(unrounded(value)))
 
     def quantize(self, elements: int) -> float:
         return self.table.quantize_cost(elements)

@@ -26,6 +26,7 @@ from .observe import Observed, observe, read_observed
 from .original import remember
 from .placement import Costs, Sizes
 from .plan import Plan, forget_shapes, known_shapes, prepare, scales, sizes_of
+from .pooled import turn_pixels
 from .timing import Timing, check_timing, costs_by, write_times
 from .treatments import write
 from .units import Role, Unit
@@ -104,7 +105,8 @@ class QuantizeStatic(Pass):
         ctx.ledger.changes += own.ledger.changes
         ctx.ledger.skips += [skip for skip in own.ledger.skips if skip.subject in constants]  # not what was made here
         if self.target != "any":
-            fold(model, ctx, lambda conv: costs.folds(conv, sizes))
+            fold(model, ctx, lambda conv: costs.folding(conv, sizes))
+            turn_pixels(model, ctx)
         forget_shapes(model, known)
         write_times(costs, ctx)
         if not ctx.ledger.changes and not ctx.ledger.skips:

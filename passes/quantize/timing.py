@@ -25,6 +25,7 @@ from ..base import Context, Runner
 from ..ledger import Change
 from ..timed import TIMED, Times, read_times, rounded
 from . import timing_nets as nets
+from .columns import Folding
 from .costs import DYNAMIC, Table, Target
 from .insertion import Grids
 from .placement import Costs, Foretold, Sizes
@@ -90,7 +91,7 @@ class Measured:
 
     def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
         part = Part.of_unit(unit, dims)
-        integer = functools.partial(nets.on_integers, grids=self.grids, folds=self.folds)
+        integer = functools.partial(nets.on_integers, grids=self.grids, folding=self.folding)
         forms: Forms = {"float": nets.in_float, "integer": integer}
         times = self._times(
             f"{part}, {self._kinds}", part, forms, dict(zip(forms, self._told(unit, dims), strict=True))
@@ -107,9 +108,9 @@ class Measured:
         times = self._times(subject, part, forms, dict(zip(forms, told, strict=True)))
         return times["float"], times.get("dynamic", math.inf)
 
-    def folds(self, conv: ir.Node, dims: Sizes) -> bool:
+    def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
         """By the table: its time is measured as that says."""
-        return Foretold(self.table).folds(conv, dims)
+        return Foretold(self.table).folding(conv, dims)
 
     def quantize(self, elements: int) -> float:
         return self._crossings.quantize_cost(elements)

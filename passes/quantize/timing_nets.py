@@ -20,6 +20,7 @@ from ...ir.constants import constant_tensor, is_constant
 from ...ir.edit import Names
 from ..base import Array, Context
 from ..selection import Selection
+from .columns import Folding
 from .dynamic import GRIDS as DYNAMIC_GRIDS
 from .dynamic import QuantizeDynamic
 from .fold_columns import fold
@@ -138,10 +139,10 @@ def in_float(part: Part) -> Pair:
     return Pair(more.model(), less.model(), copies - 1, more.feed)
 
 
-def on_integers(part: Part, grids: Grids, folds: Callable[[ir.Node, Sizes], bool]) -> Pair | None:
-    """The same between integers, columns folded where that ``folds``; None where there is no integer kernel."""
+def on_integers(part: Part, grids: Grids, folding: Callable[[ir.Node, Sizes], Folding | None]) -> Pair | None:
+    """The same between integers, columns folded as ``folding`` says; None where there is no integer kernel."""
     pair = in_float(part)
-    done = [_quantized(model, grids, folds) for model in (pair.more, pair.less)]
+    done = [_quantized(model, grids, folding) for model in (pair.more, pair.less)]
     return pair if all(done) else None
 
 
@@ -160,7 +161,7 @@ def dynamic(part: Part, grids: Grids) -> Pair | None:
     return pair
 
 
-def _quantized(model: ir.Model, grids: Grids, folds: Callable[[ir.Node, Sizes], bool]) -> bool:
+def _quantized(model: ir.Model, grids: Grids, folding: Callable[[ir.Node, Sizes], Folding | None]) -> bool:
     """Put all of a net on integers; whether the part is."""
     plan = Plan.of(model)
     ((scope, units),) = plan.units
@@ -169,7 +170,7 @@ def _quantized(model: ir.Model, grids: Grids, folds: Callable[[ir.Node, Sizes], 
     inserter = Inserter(model, grids, found, Names(model))
     inserter.write(scope, units)
     inserter.finish()
-    fold(model, Context(), lambda conv: folds(conv, sizes_of({})))
+    fold(model, Context(), lambda conv: folding(conv, sizes_of({})))
     return parts <= {node for unit in units for node in unit.nodes} | {
         node
         for node in parts

@@ -30,6 +30,7 @@ from .observe import Observed
 from .original import remember
 from .placement import Costs, Sizes
 from .plan import Plan, scales, sizes_of
+from .pooled import turn_pixels
 from .rounding import RoundAdaptively
 from .units import Role, Unit, is_layer
 from .weights import QuantizeWeights
@@ -116,7 +117,8 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
     if choice.mended:
         _mend(work, observed.samples, ctx)
-    fold(work, ctx, lambda conv: costs.folds(conv, sizes))
+    fold(work, ctx, lambda conv: costs.folding(conv, sizes))
+    turn_pixels(work, ctx)
     return Treated(work, static, dynamic, cost, ctx.ledger)
 
 
