@@ -115,11 +115,11 @@ def negative_shift_into_layer(
     return None if number is None else _folded(tape, layer, x, w, rest, None, -number)
 
 
-def factor_before_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def factor_into_next_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
     return _with_factor(tape, layer, x, w, rest, _number(x, w, c))
 
 
-def divisor_before_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
+def divisor_into_next_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
     number = _number(x, w, c)
     return _with_factor(tape, layer, x, w, rest, None if number is None else 1 / number)
 
@@ -145,7 +145,7 @@ RULES: list[Rule] = [
     ),
     *(
         rule(f"layer @ {name}({operator}(x, c), w, *rest)")(function)
-        for operator, function in (("Mul", factor_before_layer), ("Div", divisor_before_layer))
+        for operator, function in (("Mul", factor_into_next_layer), ("Div", divisor_into_next_layer))
         for name in ("Conv", "ConvTranspose", "Gemm", "MatMul")
     ),
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.constants import is_constant
+from ...ir.edit import become
 from ...ir.match import Replacement, attribute, decline, rule
 from ...ir.shapes import infer_shapes
 from ...ir.trace import constant
@@ -51,8 +52,8 @@ class FoldColumns(Pass):
         return Effect.ROUNDING
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        known = known_shapes(model)
-        infer_shapes(model)
+        trial, known = model.clone(), known_shapes(model)
+        infer_shapes(trial)
         costs, sizes = Foretold(Table.of(self.target)), sizes_of({})
 
         def how(conv: ir.Node) -> Folding | None:
@@ -62,8 +63,10 @@ class FoldColumns(Pass):
                 decline(reason)
             return costs.folding(conv, sizes) or decline("it is predicted to be slower")
 
-        fold(model, ctx, how)
-        forget_shapes(model, known)
+        fold(trial, ctx, how)
+        if ctx.ledger.changes:
+            forget_shapes(trial, known)
+            become(model, trial)
         if not ctx.ledger.changes and not ctx.ledger.skips:
             ctx.skip("model", "it has no first convolution on integers whose columns could be folded")
 

@@ -162,7 +162,8 @@ class Inserter:
         source = self._scale(unit.sources[0])
         bias = None if unit.bias is None else _bias(unit.bias)
         integers, weight = self._integers(value, tensor, axis, source, bias)
-        shifted = bool(np.any(weight.zero_point))  # ONNX Runtime looks at each zero point in every run
+        # Those of a Conv ONNX Runtime looks at in every run, and needs none where they are 0; for a Gemm it needs them.
+        shifted = node.op_type != "Conv" or bool(np.any(weight.zero_point))
         nodes = [self._dequantize(scope, value.name or "", integers, weight, axis, with_zero_point=shifted)]
         node.replace_input_with(port, nodes[0].outputs[0])
         self._freed.append(value)
