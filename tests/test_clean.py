@@ -368,31 +368,6 @@ def test_batchnorm_folds_into_matmul_and_add_and_scales_into_conv(parse: Parse) 
     assert operators(model) == ["MatMul", "Add", "Conv"]
 
 
-def test_a_number_before_a_layer_goes_into_its_weight(parse: Parse) -> None:
-    model = parse("""
-        m (float[n,2] x, float[n,2,4,4] i, float[2] v) => (float[n,2] y, float[n,2,4,4] z, float[1,2] u, float[n,2] o)
-        <float[2,2] w = {1, 2, 3, 4}, float[2] b = {1, -1}, float[2,2,1,1] k = {1, -2, 3, -4}, float[1] t = {0.3},
-         float h = {-3}, float[1,1] r = {2}, float[2] p = {1, 2}, float[2,2] q = {4, 3, 2, 1}>
-        { m1 = Mul (t, x) g = Gemm <alpha=0.5, beta=2.0, transB=1> (m1, w, b) d1 = Div (g, h) y = MatMul (d1, q)
-          d2 = Div (i, h) z = Conv <pads=[1,1,1,1], strides=[1,1], kernel_shape=[1,1], dilations=[1,1]> (d2, k)
-          m3 = Mul (v, r) u = MatMul (m3, q)
-          m4 = Mul (x, p) o = MatMul (m4, q) }
-    """)
-    model.graph.outputs[1].shape = None
-    clean(model, "infer-shapes,fold-batchnorm")
-    assert operators(model) == ["Gemm", "MatMul", "Conv", "Mul", "MatMul", "Mul", "MatMul"]
-
-
-def test_a_number_that_two_read_or_that_is_0_stays(parse: Parse) -> None:
-    model = parse("""
-        m (float[n,2] x) => (float[n,2] y, float[n,2] z, float[n,2] u)
-        <float[2,2] w = {1, 2, 3, 4}, float t = {3}, float o = {0}>
-        { s = Mul (x, t) y = MatMul (s, w) z = Relu (s) a = Mul (x, o) u = MatMul (a, w) }
-    """)
-    clean(model, "fold-batchnorm")
-    assert operators(model) == ["Mul", "MatMul", "Relu", "Mul", "MatMul"]
-
-
 def test_batchnorm_says_why_it_stays(parse: Parse) -> None:
     model = parse("""
         m (float[1,2,4,4] x, float[2] live) =>

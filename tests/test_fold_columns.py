@@ -252,6 +252,10 @@ def test_what_was_changed_since_stays_folded() -> None:
     weight.replace(array)
     assert not unfold(model, Context())
     assert convs(model)[0].name == "first_folded"
+    model = folded(layer)
+    bias = convs(model)[0].inputs[2].producer().inputs[0]
+    bias.const_value = ir.tensor(bias.const_value.numpy() + np.arange(64, dtype=np.int32), name=bias.name)
+    assert not unfold(model, Context())
 
 
 def test_the_pass_goes_by_the_table_and_tells() -> None:

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from ...ir.batchnorm import affine, output_channels, rounded, scaled_weight
 from ...ir.constants import Array, constant_array, constant_tensor
 from ...ir.match import Replacement, Rule, attribute, decline, rule
-from ...ir.shapes import dims
 from ...ir.sparse import stored_bytes
 from ...ir.unused import is_idle
 from ..base import Context, Effect, Pass, register
@@ -25,8 +24,7 @@ Rest = tuple[ir.Value | None, ...]
 class FoldBatchNorm(Pass):
     """Fold BatchNormalization, and constant scales and shifts of channels, into the layer before.
 
-    Conv and ConvTranspose (any group), Gemm, and a MatMul with its Add. A number that the input of one of these is
-    multiplied with or divided by goes into its weight too. Computed in float64 and rounded once. A layer
+    Conv and ConvTranspose (any group), Gemm, and a MatMul with its Add. Computed in float64 and rounded once. A layer
     whose weight other nodes use too, or whose own output is used, stays as it is, unless its weight is under 1 KiB;
     weights of half precision are shifted by it, but not scaled, for that would round them once more.
     """
@@ -115,15 +113,6 @@ def negative_shift_into_layer(
     return None if number is None else _folded(tape, layer, x, w, rest, None, -number)
 
 
-def factor_into_next_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
-    return _with_factor(tape, layer, x, w, rest, _number(x, w, c))
-
-
-def divisor_into_next_layer(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, c: ir.Value) -> Replacement:
-    number = _number(x, w, c)
-    return _with_factor(tape, layer, x, w, rest, None if number is None else 1 / number)
-
-
 _STATISTICS = "scale, bias, mean, variance, epsilon=epsilon"
 _AFFINE = {
     "Mul": scale_into_layer,
@@ -142,11 +131,6 @@ RULES: list[Rule] = [
         rule(f"{operator}(layer @ {name}(x, w, *rest), c)", shared=True)(function)
         for operator, function in _AFFINE.items()
         for name in ("Conv", "ConvTranspose")
-    ),
-    *(
-        rule(f"layer @ {name}({operator}(x, c), w, *rest)")(function)
-        for operator, function in (("Mul", factor_into_next_layer), ("Div", divisor_into_next_layer))
-        for name in ("Conv", "ConvTranspose", "Gemm", "MatMul")
     ),
 ]
 
@@ -169,29 +153,6 @@ def _folded(
     named = rest[0] if rest else None
     b = tape.constant(moved, f"{layer.name or layer.op_type}_bias", instead_of=named)
     return tape.op("", layer.op_type, x, w, b, name=layer.name, **attributes)  # type: ignore[no-any-return]
-
-
-def _with_factor(tape: Tape, layer: ir.Node, x: ir.Value, w: ir.Value, rest: Rest, factor: float | None) -> Replacement:
-    """The layer with its whole weight times a number."""
-    if factor is None:
-        return None
-    weight = _weight(w)
-    _check_precision(weight)
-    _check_growth(w, layer)
-    factors = np.full(output_channels(layer, weight.shape.numpy()), factor)
-    scaled = tape.constant(scaled_weight(layer, weight, factors), instead_of=w)
-    attributes: dict[str, Any] = {**layer.attributes}
-    return tape.op("", layer.op_type, x, scaled, *rest, name=layer.name, **attributes)  # type: ignore[no-any-return]
-
-
-def _number(x: ir.Value, w: ir.Value, c: ir.Value) -> float | None:
-    """The constant ``c`` where it is one number, other than 0, that does not widen ``x``, and ``w`` is constant."""
-    array, sizes = constant_array(c), dims(x)
-    if array is None or array.size != 1 or array.dtype.kind not in "fV" or constant_tensor(w) is None:
-        return None
-    number = float(array.astype(np.float64).item())
-    fits = array.ndim == 0 or (sizes is not None and array.ndim <= len(sizes))
-    return number if fits and number and np.isfinite(number) else None
 
 
 def _offset(layer: ir.Node, value: ir.Value, channels: int) -> Array:

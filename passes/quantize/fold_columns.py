@@ -174,7 +174,9 @@ class _Layer:
         if x is None or shape[0] % how.steps or shape[1] % how.factor or shape[3] != how.blocks:
             return None
         weight = how.unfolded(self._stored)
-        if not np.array_equal(how.folded(weight), self._stored):
+        of_outputs = (part for part in self._parts() if part.size > 1)
+        alike = all(np.array_equal(np.tile(part[: len(weight)], how.steps), part) for part in of_outputs)
+        if not alike or not np.array_equal(how.folded(weight), self._stored):
             return None
         pads, across = [how.top, how.left, how.bottom, how.right], (how.stride, how.dilation)
         return self._with(tape, x, weight, lambda part: part[: len(weight)], pads, across)
@@ -182,6 +184,12 @@ class _Layer:
     @property
     def _stored(self) -> Array:
         return _array(self.weight.inputs[0])
+
+    def _parts(self) -> Iterator[Array]:
+        """What there is for each output channel, or once for all."""
+        bias = three(self.conv)[2] if self.bias is None else self.bias.inputs[0]
+        scales = [] if self.bias is None else [self.bias.inputs[1]]
+        yield from (_array(value) for value in (self.weight.inputs[1], bias, *scales) if value is not None)
 
     def _image_before(self, how: Folding) -> ir.Value | None:
         """The image before its columns were folded."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...ir.address import addresses, bodies
 from ...ir.affine import LEAST_SCALE, Affine, affine
-from ...ir.constants import constant_array
+from ...ir.constants import constant_array, is_constant
 from ...ir.edit import Names
 from ...ir.kernels import Bounds
 from ...ir.match import Replacement, attribute, rule
@@ -27,6 +27,7 @@ from .placement import Costs, Sizes, place
 from .units import Left, Role, Unit, find_units, has_no_kernel
 
 LEAST_OPSET = 13  # below it a QuantizeLinear has one scale for a whole tensor
+_FORMING = ("Add", "Cast", "Identity", "Reshape", "Squeeze", "Sub", "Transpose", "Unsqueeze")
 _USUAL = 1  # the size of a dimension of which nothing is known
 
 Ranges = Mapping[ir.Value, tuple[float, float]]
@@ -50,7 +51,7 @@ def prepare(model: ir.Model, ctx: Context) -> None:
         for node in scope.graph:
             _type_body(node)
     own = ctx.for_step(ctx.step)
-    rewrite(model, [flat_bias, pooled_mean], own)
+    rewrite(model, [flat_bias, pooled_mean, factor_into_layer], own)
     ctx.ledger.changes += own.ledger.changes
     names = Names(model)
     for scope in scopes(model):
@@ -94,6 +95,33 @@ def pooled_mean(tape: Tape, node: ir.Node, x: ir.Value, rest: tuple[ir.Value | N
     mean = tape.GlobalAveragePool(x)
     mean.type, mean.shape = x.type, ir.Shape([*sizes[:2], 1, 1])
     return mean if attribute(node, "keepdims", 1) else tape.Flatten(mean, axis=1)  # type: ignore[no-any-return]
+
+
+@rule("layer @ Conv(Mul(x, factor), w, *rest)")
+def factor_into_layer(
+    tape: Tape, layer: ir.Node, x: ir.Value, factor: ir.Value, w: ir.Value, rest: tuple[ir.Value | None, ...]
+) -> Replacement:
+    """A number that an image is multiplied with goes into the weight of the convolution that reads it."""
+    number, weight = constant_array(factor), constant_array(w)
+    if number is None or number.size != 1 or weight is None or weight.dtype != np.float32 or len(w.uses()) > 1:
+        return None
+    if number.ndim > weight.ndim or not np.isfinite(number).all() or not number.any() or not _is_image(x):
+        return None
+    scaled = (weight.astype(np.float64) * number.reshape(-1)[0]).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        return None
+    made = tape.constant(scaled, instead_of=w)
+    return tape.Conv(x, made, *rest, name=layer.name, **attributes(layer))  # type: ignore[no-any-return]
+
+
+def _is_image(value: ir.Value | None) -> bool:
+    """Whether a value is an input of the model, or one whose mean was taken away or whose form was changed."""
+    while value is not None and (node := value.producer()) is not None:
+        others = [other for other in node.inputs[1:] if other is not None]
+        if node.op_type not in _FORMING or not all(map(is_constant, others)):
+            return False
+        value = node.inputs[0]
+    return value is not None and value.is_graph_input()
 
 
 def known_shapes(model: ir.Model) -> frozenset[str]:
