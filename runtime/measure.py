@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SECONDS = 2.5  # the clock's budget for each model
 ROUNDS = (5, 1000)  # fewest, and most, whatever the budget
 LOADS = 5  # sessions opened at most for the load time
-_SAMPLE_SECONDS = 2e-3  # of a turn, in which small models run many times: else it is the filling of caches that is timed
+_SAMPLE_SECONDS = 2e-3  # of a turn: small models run many times in it, or it would time how caches are filled
 _FEEDS = 4  # runs of the data that are timed, in turn
 
 Feed = Mapping[str, Any]

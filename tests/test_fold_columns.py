@@ -15,9 +15,11 @@ from penjing.ir.weights import weights
 from penjing.models import zoo
 from penjing.passes.base import Context
 from penjing.passes.pipeline import Pipeline
-from penjing.passes.quantize.columns import Folding, folding
+from penjing.passes.quantize.columns import Folding, folding, is_small
 from penjing.passes.quantize.costs import Table
 from penjing.passes.quantize.fold_columns import FoldColumns, fold, unfold
+from penjing.passes.quantize.placement import Foretold, gains
+from penjing.passes.quantize.plan import sizes_of
 from penjing.passes.selection import Selection
 from penjing.runtime.origins import match as match_values
 from penjing.runtime.session import OrtRunner, optimized
@@ -260,7 +262,12 @@ def test_what_was_changed_since_stays_folded() -> None:
 
 def test_the_pass_goes_by_the_table_and_tells() -> None:
     layer = Layer(channels=3, outputs=64, window=(7, 7), pads=[3, 3, 3, 3], strides=[2, 2], image=(112, 112))
-    assert Table.of("cpu-vnni").folding(_known(convs(layer.model)[0]))
+    conv = _known(convs(layer.model)[0])
+    how = folding(conv)
+    assert how is not None
+    assert gains(Table.of("cpu-vnni"), conv, how, sizes_of({}))
+    assert not is_small(conv, how)  # as a part of nothing else
+    assert Foretold(Table.of("cpu-vnni")).folding(conv, sizes_of({})) is None
     ctx = Context(step="fold-columns")
     model = layer.model.clone()
     FoldColumns().run(model, ctx)

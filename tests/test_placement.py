@@ -226,3 +226,29 @@ def test_what_follows_convolutions_stays_channels_last(parse: Parse) -> None:
         costs = Turned(Table.of("cpu-vnni"), turn)
         on_integers, _ = place(units, lambda value: tuple(value.shape or ()), choose, costs)  # type: ignore[arg-type]
         assert (pooled in on_integers) is chosen
+
+
+def test_what_convolutions_read_is_turned_once_whoever_makes_it(parse: Parse) -> None:
+    """A product on integers before two convolutions saves no Transpose: it is not channels-last."""
+    model = parse(
+        """m (float[1,8,4,4] x, float[1,8,4,4] z) => (float[1,8,4,4] y1, float[1,8,4,4] y2) <float[8,8,1,1] w> {
+            m = Mul (x, z)
+            y1 = Conv (m, w)
+            y2 = Conv (m, w)
+        }"""
+    )
+    (scope,) = scopes(with_constants(model))
+    units, _ = find_units(scope)
+    product = units[0]
+    assert product.node.op_type == "Mul"
+
+    def choose(unit: Unit) -> tuple[float, float]:
+        return (1.0, 2.0) if unit is product else (900.0, 1.0)
+
+    for turn in (0.0, 64.0):
+        costs = Turned(Table.of("cpu-vnni"), turn)
+        on_integers, spent = place(units, lambda value: tuple(value.shape or ()), choose, costs)  # type: ignore[arg-type]
+        assert on_integers == units[1:]
+        assert spent == 1.0 + 0.5 + turn + 2 * (
+            1.0 + 0.5 + turn
+        )  # the product, its rounding; the layers, their results

@@ -17,6 +17,7 @@ from penjing.ir.verify import verify
 from penjing.passes.base import Context
 from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize.static import QuantizeStatic
+from penjing.passes.selection import Selection
 from penjing.runtime.kernels import kernels
 from penjing.runtime.session import OrtRunner
 
@@ -513,6 +514,37 @@ def test_a_clip_that_no_power_of_two_ends_with_stays_float() -> None:
     assert kernels(work).fused == sum(change.what == "Conv on integers" for change in ctx.ledger.changes) == 1
     assert "no power of two ends where Clip does, so ONNX Runtime has no kernel for both" in ctx.ledger.reasons()
     assert sqnr(model, work, data) > 25
+
+
+def normalized(kind: str, number: Array) -> ir.Model:
+    """An image of which a number is taken away, and that is divided or multiplied by another, before a convolution."""
+    net = Net()
+    value = net.op(kind, net.op("Sub", "x", net.constant(np.float32([0.4]))), net.constant(number))
+    net.op("Relu", net.op("Conv", value, net.weight(16, 3, 3, 3), net.weight(16), pads=[1] * 4))
+    return net.model([2, 3, 12, 12])
+
+
+@pytest.mark.parametrize(("kind", "number"), [("Div", 0.25), ("Mul", -3.0), ("Mul", [[[3.0]]])])
+def test_a_factor_of_the_image_goes_into_the_weight(kind: str, number: Any) -> None:
+    model, data = normalized(kind, np.asarray(number, np.float32)), feeds(2, 3, 12, 12)
+    work, _ = quantized(model, data, target="any")
+    assert "Mul" not in {node.op_type for node in work.graph}
+    assert sqnr(model, work, data) > 30
+
+
+@pytest.mark.parametrize(("kind", "number"), [("Mul", 0.0), ("Mul", [[[[3.0]]], [[[2.0]]]]), ("Mul", [1.0, 2.0] * 6)])
+def test_other_factors_stay(kind: str, number: Any) -> None:
+    model, data = normalized(kind, np.asarray(number, np.float32)), feeds(2, 3, 12, 12)
+    work, _ = quantized(model, data, keep=Selection(("op:Conv",)))
+    assert "Mul" in {node.op_type for node in work.graph}
+
+
+def test_a_factor_within_the_model_stays_for_it_may_be_half_of_an_activation_function() -> None:
+    net = Net()
+    value = net.op("Tanh", net.op("Conv", "x", net.weight(16, 3, 3, 3)))
+    net.op("Conv", net.op("Mul", value, net.constant(np.float32(0.5))), net.weight(16, 16, 3, 3))
+    work, _ = quantized(net.model([2, 3, 12, 12]), feeds(2, 3, 12, 12), keep=Selection(("op:Conv",)))
+    assert "Mul" in {node.op_type for node in work.graph}
 
 
 @pytest.mark.parametrize("keepdims", [0, 1])

@@ -18,7 +18,7 @@ from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize import timing_nets as nets
 from penjing.passes.quantize.costs import Table
 from penjing.passes.quantize.insertion import Grids
-from penjing.passes.quantize.placement import Foretold, Sizes
+from penjing.passes.quantize.placement import Foretold
 from penjing.passes.quantize.plan import Plan, prepare
 from penjing.passes.quantize.timing import TIMED, Measured
 from penjing.passes.quantize.timing_nets import Part
@@ -156,10 +156,6 @@ def static_sizes(value: ir.Value) -> tuple[int, ...]:
     return () if value.shape is None else tuple(value.shape.numpy())
 
 
-def never(conv: ir.Node, dims: Sizes) -> None:
-    return None
-
-
 def test_the_small_nets_run_and_hold_what_they_are_to_measure(model: ir.Model) -> None:
     """Both nets of each pair, in each form; in integer form the integer kernels are as many as there are copies."""
     prepare(model, Context())
@@ -179,14 +175,14 @@ def test_the_small_nets_run_and_hold_what_they_are_to_measure(model: ir.Model) -
         "Softmax",
     ]
     for part in parts:
-        for pair in (nets.in_float(part), nets.on_integers(part, grids, never), nets.dynamic(part, grids)):
+        for pair in (nets.in_float(part), nets.on_integers(part, grids, None), nets.dynamic(part, grids)):
             for net in (pair.more, pair.less) if pair is not None else ():
                 (outputs,) = runner.run(net, [pair.feed])
                 assert len(outputs) >= pair.copies + 1
-    convolution = nets.on_integers(parts[0], grids, never)
+    convolution = nets.on_integers(parts[0], grids, None)
     assert convolution is not None
     assert [kernels(net).integer["QLinearConv"] for net in (convolution.more, convolution.less)] == [5, 1]
-    addition = nets.on_integers(parts[4], grids, never)
+    addition = nets.on_integers(parts[4], grids, None)
     assert addition is not None
     assert [kernels(net).integer["QLinearAdd"] for net in (addition.more, addition.less)] == [5, 1]
     product = nets.dynamic(Part.of_layer(parts[7].nodes[0], static_sizes), grids)

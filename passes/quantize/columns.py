@@ -9,13 +9,14 @@ Ridnik et al. 2020, arXiv 2003.13630). With channels last in memory both are not
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.shapes import dims
+from ...ir.shapes import dims, static_dims
 from ..gram import Window
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -24,6 +25,7 @@ MOST_CHANNELS = 3  # that are folded: the fourth fills them up
 _TOGETHER = 4  # input channels that ONNX Runtime's kernel takes at once
 _OUTPUTS, _LEAST_OUTPUTS = 8, 16  # output channels: a multiple, and how many at least
 _STEPS = 4  # columns of the result that are computed together, at most
+_SHARE = 16  # one part of so many is what a model may grow by
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -127,6 +129,17 @@ def folding(conv: ir.Node) -> Folding | None:
         if fits and total >= _LEAST_OUTPUTS and total % _OUTPUTS == 0:
             return Folding(rows, width, factor, stride, dilation, window[1], top, left, bottom, right)
     return None
+
+
+def is_small(conv: ir.Node, found: Folding) -> bool:
+    """Whether the weight grows by no more than a sixteenth of all constants of the graph."""
+    graph, weight = conv.graph, conv.inputs[1]
+    kernel = None if weight is None else static_dims(unrounded(weight))
+    if graph is None or kernel is None:
+        return True
+    grown = math.prod(kernel[:3]) * (found.steps * found.factor * found.blocks - found.width)
+    constants = (value.const_value for value in graph.initializers.values())
+    return _SHARE * grown <= sum(tensor.size for tensor in constants if tensor is not None)
 
 
 def unrounded(value: ir.Value) -> ir.Value:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from ...ir.constants import is_constant
 from ...ir.kernels import bounds
 from ...ir.ops import operator
-from .columns import Folding, folding
+from .columns import Folding
 
 Target: TypeAlias = Literal["cpu-vnni", "cpu-avx2", "any"]
 """Processors with integer dot products (AVX512-VNNI, AVX-VNNI); with AVX2 alone; or whatever there will be."""
@@ -90,11 +90,12 @@ class Table:
         possible = node.op_type in ("MatMul", "Gemm") and bits in (4, 8)
         return _cost(self, node, shapes, f"bits{bits}") if possible else math.inf
 
-    def folding(self, conv: ir.Node, shapes: Shapes = None) -> Folding | None:
-        """How columns are folded into channels, where a Conv on integers gains by that."""
-        found = folding(conv)
-        gains = found is not None and _folded(self, conv, found, shapes) <= self.integer_cost(conv, shapes)
-        return found if gains else None
+    def folded_cost(self, conv: ir.Node, found: Folding, shapes: Shapes = None) -> float:
+        """Nanoseconds of a Conv in its integer kernel, its columns folded into channels, changes of shape included."""
+        y, (outputs, inputs, height, _) = _dims(conv.outputs[0], shapes), _dims(conv.inputs[1], shapes)
+        sizes = (y[0] * math.prod(y[2:]) / found.steps, found.factor * inputs, found.steps * outputs)
+        spent = self.grid_cost("window", sizes, math.prod((*sizes, height, found.blocks)), "integer")
+        return 2 * self.call + spent
 
     def quantize_cost(self, elements: int) -> float:
         """Nanoseconds of a QuantizeLinear of ``elements`` floats."""
@@ -208,21 +209,12 @@ def _conv(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:
     if line:
         return table.grid_cost("line-pointwise" if window == 1 else "line", (pixels, inputs, outputs), work, column)
     if inputs <= _FEW:
-        plain = table.grid_cost("first", (pixels, window * inputs, outputs), work, column)
-        found = folding(node) if column == "integer" else None
-        return plain if found is None else min(plain, _folded(table, node, found, shapes))
+        return table.grid_cost("first", (pixels, window * inputs, outputs), work, column)
     name = "pointwise" if window == 1 else "window"
     if column == "float":  # computed in blocks of channels
         inputs, outputs = (-(-channels // _BLOCK) * _BLOCK for channels in (inputs, outputs))
         work = pixels * window * inputs * outputs
     return table.grid_cost(name, (pixels, inputs, outputs), work, column)
-
-
-def _folded(table: Table, node: ir.Node, found: Folding, shapes: Shapes) -> float:
-    """On integers with columns folded into channels, the changes of shape included."""
-    y, (outputs, inputs, height, _) = _dims(node.outputs[0], shapes), _dims(node.inputs[1], shapes)
-    sizes = (y[0] * math.prod(y[2:]) / found.steps, found.factor * inputs, found.steps * outputs)
-    return 2 * table.call + table.grid_cost("window", sizes, math.prod((*sizes, height, found.blocks)), "integer")
 
 
 def _conv_transpose(table: Table, node: ir.Node, shapes: Shapes, column: str) -> float:

@@ -21,7 +21,7 @@ from ..selection import left_out
 from .columns import Array, Folding, folding
 from .costs import Table
 from .float_operators import attributes, three
-from .placement import Foretold
+from .placement import gains
 from .plan import forget_shapes, known_shapes, sizes_of
 
 _KEY = "penjing.columns"  # of a folded Conv's metadata, which goes into the file
@@ -39,8 +39,8 @@ class FoldColumns(Pass):
     what that holds of the result, with zeros beside them. On integers it computes the same numbers. The image's width
     has to be known, and a multiple of those columns. Folded is what the cost table for the target predicts to gain.
 
-    ``quantize-static`` and ``quantize-auto`` end with this; passes that mend rounding, and ``dequantize``, see the
-    convolution as it was.
+    ``quantize-static`` and ``quantize-auto`` end with this, where the model grows by little; passes that mend rounding,
+    and ``dequantize``, see the convolution as it was.
     """
 
     target: Literal["cpu-vnni", "cpu-avx2"] = "cpu-vnni"
@@ -54,14 +54,15 @@ class FoldColumns(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         trial, known = model.clone(), known_shapes(model)
         infer_shapes(trial)
-        costs, sizes = Foretold(Table.of(self.target)), sizes_of({})
+        table, sizes = Table.of(self.target), sizes_of({})
 
         def how(conv: ir.Node) -> Folding | None:
-            if folding(conv) is None:
-                return None
-            if reason := left_out(conv, self.only, self.keep):
+            found = folding(conv)
+            if found is not None and (reason := left_out(conv, self.only, self.keep)):
                 decline(reason)
-            return costs.folding(conv, sizes) or decline("it is predicted to be slower")
+            if found is not None and not gains(table, conv, found, sizes):
+                decline("it is predicted to be slower")
+            return found
 
         fold(trial, ctx, how)
         if ctx.ledger.changes:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from .columns import Folding, unrounded
+from .columns import Folding, folding, is_small, unrounded
 from .costs import Table
 from .units import Role, Unit, readers
 
@@ -67,6 +67,8 @@ class Foretold:
         in_float = sum(self.table.float_cost(node, dims) for node in unit.nodes)
         if unit.node.op_type == "MaxPool" and _behind_conv(unit.sources[0]):
             return in_float, in_float  # channels-last it is as fast; elsewhere its integer kernel is many times slower
+        if (found := self.folding(unit.node, dims)) is not None:
+            return in_float, self.table.folded_cost(unit.node, found, dims)
         node = _lookup(unit, dims) if unit.role is Role.CLAMP else unit.node
         return in_float, self.table.integer_cost(node, dims)
 
@@ -74,7 +76,8 @@ class Foretold:
         return self.table.float_cost(node, dims), self.table.dynamic_cost(node, dims)
 
     def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
-        return self.table.folding(conv, lambda value: dims(unrounded(value)))
+        found = folding(conv) if conv.op_type == "Conv" else None
+        return found if found is not None and is_small(conv, found) and gains(self.table, conv, found, dims) else None
 
     def quantize(self, elements: int) -> float:
         return self.table.quantize_cost(elements)
@@ -88,6 +91,15 @@ class Foretold:
     def figures(self, unit: Unit, dims: Sizes) -> dict[str, float]:
         del unit, dims
         return {}
+
+
+def gains(table: Table, conv: ir.Node, found: Folding, dims: Sizes) -> bool:
+    """Whether a Conv between integers is foretold to be quicker with columns folded into channels."""
+
+    def sizes(value: ir.Value) -> tuple[int, ...]:
+        return dims(unrounded(value))
+
+    return table.folded_cost(conv, found, sizes) <= table.integer_cost(conv, sizes)
 
 
 def place(

@@ -91,7 +91,7 @@ class Measured:
 
     def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
         part = Part.of_unit(unit, dims)
-        integer = functools.partial(nets.on_integers, grids=self.grids, folding=self.folding)
+        integer = functools.partial(nets.on_integers, grids=self.grids, folding=self.folding(unit.node, dims))
         forms: Forms = {"float": nets.in_float, "integer": integer}
         times = self._times(
             f"{part}, {self._kinds}", part, forms, dict(zip(forms, self._told(unit, dims), strict=True))

@@ -9,7 +9,7 @@ own, and in float merge activation functions and additions with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from .dynamic import QuantizeDynamic
 from .fold_columns import fold
 from .insertion import Grids, Inserter
 from .placement import Sizes
-from .plan import Plan, scales, sizes_of
+from .plan import Plan, scales
 from .units import Unit
 
 _COPIES = (5, 3, 2)
@@ -139,8 +139,8 @@ def in_float(part: Part) -> Pair:
     return Pair(more.model(), less.model(), copies - 1, more.feed)
 
 
-def on_integers(part: Part, grids: Grids, folding: Callable[[ir.Node, Sizes], Folding | None]) -> Pair | None:
-    """The same between integers, columns folded as ``folding`` says; None where there is no integer kernel."""
+def on_integers(part: Part, grids: Grids, folding: Folding | None) -> Pair | None:
+    """The same between integers, columns folded if ``folding`` says how; None where there is no integer kernel."""
     pair = in_float(part)
     done = [_quantized(model, grids, folding) for model in (pair.more, pair.less)]
     return pair if all(done) else None
@@ -161,7 +161,7 @@ def dynamic(part: Part, grids: Grids) -> Pair | None:
     return pair
 
 
-def _quantized(model: ir.Model, grids: Grids, folding: Callable[[ir.Node, Sizes], Folding | None]) -> bool:
+def _quantized(model: ir.Model, grids: Grids, folding: Folding | None) -> bool:
     """Put all of a net on integers; whether the part is."""
     plan = Plan.of(model)
     ((scope, units),) = plan.units
@@ -170,7 +170,7 @@ def _quantized(model: ir.Model, grids: Grids, folding: Callable[[ir.Node, Sizes]
     inserter = Inserter(model, grids, found, Names(model))
     inserter.write(scope, units)
     inserter.finish()
-    fold(model, Context(), lambda conv: folding(conv, sizes_of({})))
+    fold(model, Context(), lambda conv: folding if conv in parts else None)
     return parts <= {node for unit in units for node in unit.nodes} | {
         node
         for node in parts
