@@ -262,7 +262,7 @@ class _Rewriter:
                 node.name = node.name or root.name
                 node.metadata_props.update(root.metadata_props)
             elif node.name is None:
-                node.name = f"{root.name or root.op_type}_{node.op_type}_{place}"
+                node.name = self.names.fresh(f"{root.name or root.op_type}_{node.op_type}_{place}")
 
     def refuse(self) -> None:
         name = self.applied.most_common(1)[0][0]

@@ -15,6 +15,7 @@ from ..ir.kernels import bounds, fused_activation, matmul_bias
 from ..ir.ops import Kind, is_random, operator
 from ..ir.trace import constant
 from ..ir.view import reads
+from ..passes.quantize.columns import KEY as COLUMNS
 
 _SUFFIXES = (  # what tools add to the name of a value
     "_quantized",
@@ -140,7 +141,7 @@ class _Search:
 
     def _twin(self, value: ir.Value, node: ir.Node | None) -> str | None:
         """The output of the float model's node of the same name, if that is the same operator, or it on integers."""
-        if node is None or not node.name:
+        if node is None or not node.name or COLUMNS in node.metadata_props:  # whose output has another shape
             return None
         names = (node.name, *(node.name.removesuffix(end) for end in _NODE_SUFFIXES))
         twin = next((self.nodes[name] for name in names if name in self.nodes), None)

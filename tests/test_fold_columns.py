@@ -17,7 +17,7 @@ from penjing.passes.base import Context
 from penjing.passes.pipeline import Pipeline
 from penjing.passes.quantize.columns import Folding, folding, is_small
 from penjing.passes.quantize.costs import Table
-from penjing.passes.quantize.fold_columns import FoldColumns, fold, unfold
+from penjing.passes.quantize.fold_columns import FoldColumns, fold, plain, unfold
 from penjing.passes.quantize.placement import Foretold, gains
 from penjing.passes.quantize.plan import sizes_of
 from penjing.passes.selection import Selection
@@ -41,6 +41,7 @@ class Layer:
         weight: type = np.int8,
         zero: int = 0,
         one_scale: bool = False,
+        lowest: int = 0,
         read_twice: bool = False,
         last: bool = False,
         **attributes: Any,
@@ -66,7 +67,7 @@ class Layer:
         outside = [y] if read_twice else []
         if activation:
             y = self.op(activation, y, *map(self.constant, np.float32([0, 6]) if activation == "Clip" else []))
-        y = self.pair(y, 6 / 255 if activation == "Clip" else 0.03, 0 if activation else 120)
+        y = self.pair(y, 6 / 255 if activation == "Clip" else 0.03, lowest if activation else 120)
         y.name, y.type = "result", ir.TensorType(ir.DataType.FLOAT)
         for value in outside:
             value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -92,6 +93,11 @@ class Layer:
     def pair(self, x: ir.Value, scale: float, zero: int) -> ir.Value:
         numbers = [self.constant(np.float32(scale)), self.constant(np.uint8(zero))]
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, *numbers), *numbers)
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, Array]:
+    return {"image": zoo.data("validation")["image"][:64]}
 
 
 def outputs(model: ir.Model, feed: dict[str, Array]) -> list[Array]:
@@ -136,7 +142,8 @@ def test_the_same_integers_from_as_many_channels_as_the_quick_kernel_takes(kind:
     layer = Layer(**kind)
     model = folded(layer)
     (conv,) = convs(model)
-    assert conv.name == "first_folded"
+    assert conv.name == "first"
+    assert "penjing.columns" in conv.metadata_props
     (weight,) = [
         weight for weight in weights(model) if any(use.node is conv for use in weight.uses) and len(weight.shape) == 4
     ]
@@ -185,6 +192,10 @@ def _known(conv: ir.Node) -> ir.Node:
         {"activation": "Sigmoid", "pads": [1, 1, 1, 1]},  # nor here
         {"outputs": 2, "pads": [1, 1, 1, 1]},  # too few of them even for four columns
         {"image": ("rows", 16), "auto_pad": "SAME_UPPER"},  # its padding depends on the rows
+        {"window": (1, 3), "auto_pad": "SAME_UPPER", "strides": [4, 1]},  # rows that no window reads are cut off
+        {"window": (3, 1), "auto_pad": "SAME_LOWER", "strides": [1, 4]},
+        {"lowest": 5, "pads": [1, 1, 1, 1]},  # Relu is an operator of its own then
+        {"lowest": 5, "activation": "Clip", "pads": [1, 1, 1, 1]},
     ],
     ids=str,
 )
@@ -253,11 +264,111 @@ def test_what_was_changed_since_stays_folded() -> None:
     array[-1, 0, 0, -1] += 1
     weight.replace(array)
     assert not unfold(model, Context())
-    assert convs(model)[0].name == "first_folded"
+    assert "penjing.columns" in convs(model)[0].metadata_props
     model = folded(layer)
     bias = convs(model)[0].inputs[2].producer().inputs[0]
     bias.const_value = ir.tensor(bias.const_value.numpy() + np.arange(64, dtype=np.int32), name=bias.name)
     assert not unfold(model, Context())
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_was_moved_otherwise_since_stays_folded(channels: int, last: bool) -> None:
+    """As ``clean`` does where the model's own Transposes meet these."""
+    layer = Layer(channels, pads=[1, 1, 1, 1], last=last)
+    for name in ("Transpose", "Reshape"):
+        for place, node in enumerate(folded(layer).graph):
+            if node.op_type != name or (last and place == 0):
+                continue
+            model = folded(layer)
+            moved = model.graph[place]
+            if name == "Transpose":
+                moved.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 1, 3])
+            else:
+                shape = moved.inputs[1]
+                assert shape is not None
+                shape.const_value = ir.tensor(shape.const_value.numpy()[::-1].copy(), name=shape.name)  # type: ignore[union-attr]
+            assert not unfold(model, Context())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("rows", [16, "rows"])
+def test_an_empty_batch_runs_too(channels: int, rows: int | str) -> None:
+    layer = Layer(channels, pads=[1, 1, 1, 1], image=(rows, 16))
+    empty = {"image": layer.feed["image"][:0]}
+    assert outputs(folded(layer), empty)[0].shape == outputs(layer.model, empty)[0].shape
+
+
+def test_numbers_that_a_caller_may_pass_are_left_alone() -> None:
+    layer = Layer(pads=[1, 1, 1, 1])
+    for name in layer.model.graph.initializers:
+        model = layer.model.clone()
+        model.graph.inputs.append(model.graph.initializers[name])
+        Pipeline.of("infer-shapes").run(model)
+        fold(model, Context(), folding)
+        assert np.array_equal(outputs(model, layer.feed)[0], outputs(layer.model, layer.feed)[0])
+
+
+def test_two_layers_of_one_name_in_two_branches() -> None:
+    """Each is folded again as it was."""
+    tape = ir.tape.Tape()
+    which = ir.val("which", dtype=ir.DataType.BOOL, shape=ir.Shape([]))
+    image = ir.val("image", dtype=ir.DataType.FLOAT, shape=ir.Shape([2, 3, 16, 16]))
+    branches = []
+    for stride in (1, 2):
+        body = Layer(pads=[1, 1, 1, 1], strides=[stride, stride]).model.graph
+        body.inputs[0].replace_all_uses_with(image)
+        body.inputs.clear()
+        branches.append(body)
+    y = tape.op("If", [which], attributes={"then_branch": branches[0], "else_branch": branches[1]})
+    y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([which, image], [y], nodes=tape.nodes, opset_imports={"": 17})
+    model = ir.Model(graph, ir_version=8)
+    Pipeline.of("unify-names,infer-shapes").run(model)
+    for body in branches:
+        for node in body:
+            node.name = "first" if node.op_type == "Conv" else node.name
+    before = model.clone()
+    fold(model, Context(), folding)
+    with plain(model, Context()):
+        assert all("penjing.columns" not in conv.metadata_props for body in _bodies(model) for conv in body)
+    assert all(any("penjing.columns" in node.metadata_props for node in body) for body in _bodies(model))
+    for chosen in (True, False):
+        feed = {"which": np.array(chosen), "image": Layer().feed["image"]}
+        assert np.array_equal(outputs(before, feed)[0], outputs(model, feed)[0])
+
+
+def _bodies(model: ir.Model) -> list[ir.Graph]:
+    (node,) = [node for node in model.graph if node.op_type == "If"]
+    return [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+
+
+def test_layers_kept_by_request_are_not_folded() -> None:
+    """Nor those that were on integers before."""
+    layer = Layer(outputs=64, pads=[1, 1, 1, 1], image=(64, 64))
+    data = {"image": np.concatenate([layer.feed["image"]] * 4)}
+    for step in ("quantize-static{keep=op:Conv}", "quantize-auto{keep=op:Conv}", "quantize-static"):
+        model = layer.model.clone()
+        penjing.run(model, step, data=data, check="off")
+        assert all("penjing.columns" not in conv.metadata_props for conv in convs(model))
+
+
+def test_weights_of_another_type_are_counted_as_they_will_run(digits: dict[str, Array]) -> None:
+    for weights_of, wanted in (("s8", True), ("u8", False)):
+        model = zoo.load("cnn-a")
+        penjing.run(model, f"quantize-static{{weights={weights_of}}}", data=digits, check="off")
+        first = convs(model)[0]
+        assert ("penjing.columns" in first.metadata_props) is wanted
+        assert (first.inputs[0].producer().op_type == "DequantizeLinear") is wanted  # type: ignore[union-attr]
+
+
+def test_the_original_has_the_factor_where_the_quantized_model_has_it(digits: dict[str, Array]) -> None:
+    """So that the first layer is rounded adaptively in a run of its own too."""
+    model = zoo.load("cnn-a")
+    penjing.run(model, "quantize-static", data=digits)
+    saved = ir.from_proto(ir.to_proto(model))
+    report = penjing.run(saved, "round-adaptively", data=digits, models={"original": zoo.load("cnn-a")})
+    assert not [skip for step in report.passes for skip in step.ledger.skips if "1.weight" in skip.subject]
 
 
 def test_the_pass_goes_by_the_table_and_tells() -> None:
@@ -283,18 +394,13 @@ def test_the_pass_goes_by_the_table_and_tells() -> None:
     assert "slower" in slow.ledger.skips[0].reason
 
 
-@pytest.fixture(scope="module")
-def digits() -> dict[str, Array]:
-    return {"image": zoo.data("validation")["image"][:64]}
-
-
 def test_quantizing_ends_with_it_and_other_passes_see_the_layer_as_it_was(digits: dict[str, Array]) -> None:
     """Rounding and bias of the first layer are mended too, and what is dequantized is what was quantized."""
     mended = zoo.load("cnn-a")
     report = penjing.run(mended, "quantize-static,round-adaptively,correct-bias", data=digits)
     (first, *_) = convs(mended)
-    assert (first.name or "").endswith("_folded")
-    address = (first.name or "").removesuffix("_folded")
+    assert "penjing.columns" in first.metadata_props
+    address = first.name
     changed = [{change.subject for change in step.ledger.changes} for step in report.passes]
     assert all(address in subjects or "1.weight_quantized" in subjects for subjects in changed)
     penjing.run(mended, "dequantize", data=digits, check="off")

@@ -96,7 +96,7 @@ class Bench:
         self.meter: Meter | None = None
         self.preparation = ctx.for_step(ctx.step)
         model = copy(original)
-        prepare(model, self.preparation)
+        prepare(model, self.preparation, keep=self.keep)
         self.subject = Subject.of(model, ctx)
 
     def is_kept(self, node: ir.Node) -> bool:

@@ -21,6 +21,7 @@ from ..gram import Window
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
+KEY = "penjing.columns"  # of a folded Conv's metadata, which goes into the file: how its columns were folded
 MOST_CHANNELS = 3  # that are folded: the fourth fills them up
 _TOGETHER = 4  # input channels that ONNX Runtime's kernel takes at once
 _OUTPUTS, _LEAST_OUTPUTS = 8, 16  # output channels: a multiple, and how many at least
@@ -112,12 +113,16 @@ def folding(conv: ir.Node) -> Folding | None:
         return None
     outputs, inputs, *window = map(int, kernel)  # type: ignore[arg-type]
     slide = Window.of(conv, window)
-    if sizes is None or len(sizes) != 4 or inputs > MOST_CHANNELS or slide.groups != 1:
+    if sizes is None or len(sizes) != 4 or conv.outputs[0].shape is None:
+        return None
+    if inputs > MOST_CHANNELS or slide.groups != 1:
         return None
     height, width = sizes[2:]
     if not isinstance(width, int) or (slide.pads is None and not isinstance(height, int)):
         return None
     rows = height if isinstance(height, int) else 0
+    if slide.pads is None and not all(map(_is_padded, (rows, width), window, slide.strides, slide.dilations)):
+        return None
     (top, bottom), (left, right) = slide.margins((rows, width))
     stride, dilation = slide.strides[1], slide.dilations[1]
     made = (width + left + right - (window[1] - 1) * dilation - 1) // stride + 1
@@ -129,6 +134,11 @@ def folding(conv: ir.Node) -> Folding | None:
         if fits and total >= _LEAST_OUTPUTS and total % _OUTPUTS == 0:
             return Folding(rows, width, factor, stride, dilation, window[1], top, left, bottom, right)
     return None
+
+
+def _is_padded(size: int, kernel: int, stride: int, dilation: int) -> bool:
+    """Whether ``auto_pad`` does not cut off what a window of a large stride would never read."""
+    return (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 >= size
 
 
 def is_small(conv: ir.Node, found: Folding) -> bool:

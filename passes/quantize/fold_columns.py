@@ -10,23 +10,25 @@ from typing import Literal, Self
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.constants import is_constant
+from ...ir.address import addresses
+from ...ir.affine import U8, Affine
+from ...ir.constants import constant_ints, is_constant
 from ...ir.edit import become
+from ...ir.kernels import bounds
 from ...ir.match import Replacement, attribute, decline, rule
 from ...ir.shapes import infer_shapes
 from ...ir.trace import constant
 from ..base import NOTHING, Context, Effect, Pass, Selection, register
 from ..rewrite import Tape, rewrite
 from ..selection import left_out
-from .columns import Array, Folding, folding
+from .columns import KEY, Array, Folding, folding
 from .costs import Table
 from .float_operators import attributes, three
+from .insertion import Grids
 from .placement import gains
 from .plan import forget_shapes, known_shapes, sizes_of
 
-_KEY = "penjing.columns"  # of a folded Conv's metadata, which goes into the file
 _LAST, _FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # to channels last, and back
-_SUFFIX = "_folded"  # of its name
 _ACTIVATIONS = ("Relu", "Clip")
 
 
@@ -72,27 +74,34 @@ class FoldColumns(Pass):
             ctx.skip("model", "it has no first convolution on integers whose columns could be folded")
 
 
+def foldable(grids: Grids) -> bool:
+    """Whether the quick kernel takes such integers: images of uint8, weights of int8."""
+    return grids.activations.dtype is ir.DataType.UINT8 and grids.weights.dtype is ir.DataType.INT8
+
+
 def fold(model: ir.Model, ctx: Context, how: Callable[[ir.Node], Folding | None]) -> None:
     """Fold the convolutions of which ``how`` says how, a line of the ledger each."""
 
     def columns_folded_into_channels(tape: Tape, root: ir.Node) -> Replacement:
         layer = _Layer.of(root)
-        found = None if layer is None else how(layer.conv)
+        found = None if layer is None or KEY in layer.conv.metadata_props else how(layer.conv)
         return None if layer is None or found is None else layer.folded(tape, found)
 
     rewrite(model, [rule("root @ QuantizeLinear(*_)", shared=True)(columns_folded_into_channels)], ctx)
 
 
 def unfold(model: ir.Model, ctx: Context) -> dict[str, Folding]:
-    """Write convolutions as they were before their columns were folded; how they were, by their names."""
+    """Write convolutions as they were before their columns were folded; how they were folded, by their addresses."""
     found = dict[str, Folding]()
 
     def columns_unfolded(tape: Tape, root: ir.Node) -> Replacement:
-        layer = _behind(root)
-        how = None if layer is None else Folding.parse(layer.conv.metadata_props.get(_KEY, ""))
-        made = None if layer is None or how is None else layer.unfolded(tape, how)
+        before, shape = _reshaped(_turned(root.outputs[0], _FIRST))
+        quantize = None if (integers := _turned(before, _LAST)) is None else integers.producer()
+        layer = _Layer.of(quantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
+        how = None if layer is None else Folding.parse(layer.conv.metadata_props.get(KEY, ""))
+        made = None if layer is None or how is None else layer.unfolded(tape, how, shape)
         if layer is not None and how is not None and made is not None:
-            found[(layer.conv.name or "").removesuffix(_SUFFIX)] = how
+            found[tape.scope.address(layer.conv)] = how
         return made
 
     rewrite(model, [rule("root @ Transpose(_)", shared=True)(columns_unfolded)], ctx)
@@ -103,9 +112,12 @@ def unfold(model: ir.Model, ctx: Context) -> dict[str, Folding]:
 def plain(model: ir.Model, ctx: Context) -> Iterator[None]:
     """Convolutions as they were before their columns were folded, as long as this lasts."""
     found = unfold(model, ctx.for_step(ctx.step))
-    yield
-    if found:
-        fold(model, ctx.for_step(ctx.step), lambda conv: found.get(conv.name or ""))
+    try:
+        yield
+    finally:
+        if found:
+            places = addresses(model)
+            fold(model, ctx.for_step(ctx.step), lambda conv: found.get(places.get(conv, "")))
 
 
 # One layer ------------------------------------------------------------------------------------------------------------
@@ -132,47 +144,56 @@ class _Layer:
         if conv is None or conv.op_type != "Conv" or conv.domain:
             return None
         image, weight, bias = (None if value is None else value.producer() for value in three(conv))
-        if image is None or weight is None or {image.op_type, weight.op_type} != {"DequantizeLinear"}:
+        if image is None or weight is None:
             return None
-        found = cls(quantize, activation, conv, image, weight, bias)
-        return found if found._is_quick() else None
+        decoding = [node for node in (image, weight, bias) if node is not None and node.op_type != "Constant"]
+        if {(node.domain, node.op_type) for node in decoding} != {("", "DequantizeLinear")}:
+            return None
+        found = cls(quantize, activation, conv, image, weight, bias if bias in decoding else None)
+        return found if found._is_quick() and found._is_fused() else None
 
     def _is_quick(self) -> bool:
-        stored, scale = constant(self.weight.inputs[0]), constant(self.weight.inputs[1])
-        zeros, zero = constant(three(self.image)[2]), constant(three(self.weight)[2])
-        if zeros is None or zeros.dtype != np.uint8 or stored is None or stored.dtype != np.int8 or scale is None:
+        stored, scale, zero = map(constant, three(self.weight))
+        image, bias = constant(three(self.image)[2]), three(self.conv)[2:] if self.bias is None else self.bias.inputs
+        if not all(value is None or is_constant(value) for value in (*self.weight.inputs, *bias)):
             return False
-        if not _is_number(self.image.inputs[1]) or not _is_number(self.quantize.inputs[1]):
+        if stored is None or stored.dtype != np.int8 or scale is None or (zero is not None and zero.any()):
             return False
         by_output = scale.size == 1 or (scale.ndim == 1 and attribute(self.weight, "axis", 1) in (0, -stored.ndim))
-        bias = three(self.conv)[2]
-        if self.bias is not None:
-            bias = self.bias.inputs[0] if self.bias.op_type == "DequantizeLinear" else None
-        plain = bias is None and self.bias is None
-        return by_output and (zero is None or not zero.any()) and (plain or is_constant(bias))
+        return by_output and image is not None and image.dtype == np.uint8 and _is_number(self.image.inputs[1])
+
+    def _is_fused(self) -> bool:
+        """Whether the result is rounded to uint8 by one scale, and the activation function vanishes in that."""
+        scale, zero = constant(self.quantize.inputs[1]), constant(three(self.quantize)[2])
+        if scale is None or scale.size != 1 or zero is None or zero.dtype != np.uint8:
+            return False
+        limits = None if self.activation is None else bounds(self.activation)
+        made = Affine(scale.astype(np.float32), zero, U8)
+        return self.activation is None or (limits is not None and limits.hold(made))
 
     def folded(self, tape: Tape, how: Folding) -> ir.Value:
         """The same with columns folded; its result is as it was."""
         outputs, inputs = self._stored.shape[:2]
         x = self.image.inputs[0]
         assert x is not None
-        if inputs > 1:
+        rows = how.rows if inputs == 1 else 0  # 0 is as many as there are
+        if not rows:  # one channel is last as it is
             x = tape.Transpose(x, perm=_LAST)
-        rows = 0 if inputs > 1 else how.rows or -1  # 0 is as many as there are
         x = _shaped(tape, x, rows, how.columns // how.factor, how.factor * inputs)
         x = tape.Transpose(x, perm=_FIRST)
         pads = [how.top, how.before, how.bottom, how.after]
         made = self._with(tape, x, how.folded(self._stored), lambda part: np.tile(part, how.steps), pads, (1, 1))
         conv = next(node for node in tape.nodes if node.op_type == "Conv")
-        conv.name = f"{self.conv.name}{_SUFFIX}" if self.conv.name else None
-        conv.metadata_props[_KEY] = str(how)
+        conv.metadata_props[KEY] = str(how)
         made = _shaped(tape, tape.Transpose(made, perm=_LAST), 0, how.columns // how.stride, outputs)
         return tape.Transpose(made, perm=_FIRST)  # type: ignore[no-any-return]
 
-    def unfolded(self, tape: Tape, how: Folding) -> ir.Value | None:
-        """The inverse of ``folded``; None where something changed the layer since."""
+    def unfolded(self, tape: Tape, how: Folding, result: tuple[int, ...]) -> ir.Value | None:
+        """The inverse of ``folded``, whose result was brought to a shape; None where something changed it since."""
         x, shape = self._image_before(how), self._stored.shape
         if x is None or shape[0] % how.steps or shape[1] % how.factor or shape[3] != how.blocks:
+            return None
+        if result != (0, 0, how.columns // how.stride, shape[0] // how.steps):
             return None
         weight = how.unfolded(self._stored)
         of_outputs = (part for part in self._parts() if part.size > 1)
@@ -194,9 +215,12 @@ class _Layer:
 
     def _image_before(self, how: Folding) -> ir.Value | None:
         """The image before its columns were folded."""
-        shaped = _made_by("Transpose", self.image.inputs[0])
-        before = _made_by("Reshape", shaped)
-        return before if self._stored.shape[1] == how.factor else _made_by("Transpose", before)
+        channels = self._stored.shape[1]
+        rows = how.rows if channels == how.factor else 0
+        before, shape = _reshaped(_turned(self.image.inputs[0], _FIRST))
+        if shape != (0, rows, how.columns // how.factor, channels):
+            return None
+        return before if rows else _turned(before, _LAST)
 
     def _with(
         self,
@@ -219,14 +243,14 @@ class _Layer:
         down = (attribute(conv, "strides", (1, 1))[0], attribute(conv, "dilations", (1, 1))[0])
         made = tape.Conv(
             *inputs,
-            name=(conv.name or "").removesuffix(_SUFFIX) or None,
+            name=conv.name,
             **attributes(conv, "auto_pad", "kernel_shape", "pads", "strides", "dilations"),
             kernel_shape=list(weight.shape[2:]),
             pads=list(pads),
             strides=[down[0], across[0]],
             dilations=[down[1], across[1]],
         )
-        kept = {key: text for key, text in conv.metadata_props.items() if key != _KEY}
+        kept = {key: text for key, text in conv.metadata_props.items() if key != KEY}
         made.producer().metadata_props.update(kept)
         if (activation := self.activation) is not None:
             made = tape.op("", activation.op_type, made, *activation.inputs[1:], **attributes(activation))
@@ -248,23 +272,25 @@ def _shaped(tape: Tape, x: ir.Value, rows: int, columns: int, channels: int) -> 
     return tape.Reshape(x, tape.constant(shape, f"{tape.root.name}_shape"))  # type: ignore[no-any-return]
 
 
-def _behind(root: ir.Node) -> _Layer | None:
-    """The layer of which ``root``, a Transpose, gives the columns back."""
-    shaped = _made_by("Reshape", root.inputs[0])
-    quantize = None if (made := _made_by("Transpose", shaped)) is None else made.producer()
-    return _Layer.of(quantize) if quantize is not None and quantize.op_type == "QuantizeLinear" else None
-
-
 def _maker(value: ir.Value | None) -> ir.Node | None:
     """What makes a value that has one reader."""
     alone = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
     return value.producer() if value is not None and alone else None
 
 
-def _made_by(op_type: str, value: ir.Value | None) -> ir.Value | None:
-    """What an operator made ``value`` of; None where another did."""
+def _turned(value: ir.Value | None, order: Sequence[int]) -> ir.Value | None:
+    """What a Transpose gives in this order of axes as ``value``; None where nothing does."""
     node = None if value is None else value.producer()
-    return node.inputs[0] if node is not None and node.op_type == op_type else None
+    alike = node is not None and node.op_type == "Transpose" and list(attribute(node, "perm", ())) == list(order)
+    return node.inputs[0] if node is not None and alike else None
+
+
+def _reshaped(value: ir.Value | None) -> tuple[ir.Value | None, tuple[int, ...]]:
+    """What a Reshape gives as ``value``, and the shape that it asks for."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Reshape":
+        return None, ()
+    return node.inputs[0], constant_ints(node.inputs[1]) or ()
 
 
 def _is_number(value: ir.Value | None) -> bool:

@@ -14,9 +14,13 @@ import onnx_ir as ir
 from ...ir.address import graphs
 from ...ir.errors import NeedsData
 from ...ir.ops import Kind
+from ...ir.shapes import infer_shapes
 from ...ir.trace import Use
 from ...ir.weights import Weight, weights
 from ..base import Context
+from ..rewrite import rewrite
+from .activations import division_by_constant
+from .plan import factor_rule
 
 _KEY = "penjing.float"  # in a model's meta, which lives in memory only
 _PARTNER = "original"
@@ -37,7 +41,7 @@ def original(model: ir.Model, ctx: Context) -> ir.Model:
     Raises ``NeedsData`` where there is neither.
     """
     if ctx.has("models") and _PARTNER in ctx.models:
-        return ctx.models[_PARTNER]
+        return _as_quantized(ctx.models[_PARTNER], model)
     found = model.meta.get(_KEY)
     if not isinstance(found, ir.Model):
         raise NeedsData(
@@ -45,6 +49,15 @@ def original(model: ir.Model, ctx: Context) -> ir.Model:
             f"model before quantization with --with {_PARTNER}=MODEL."
         )
     return found
+
+
+def _as_quantized(partner: ir.Model, model: ir.Model) -> ir.Model:
+    """The ``partner`` with a factor of its image in the weight of the first layer, where ``model`` has it there."""
+    trial, own = partner.clone(), Context()
+    infer_shapes(trial)
+    rewrite(trial, [division_by_constant], own)
+    names = {node.name for node in model.graph}
+    return trial if rewrite(trial, [factor_rule(but=names)], own) else partner
 
 
 @dataclass(frozen=True, eq=False)

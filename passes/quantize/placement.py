@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -59,9 +59,10 @@ class Costs(Protocol):
 
 @dataclass(frozen=True)
 class Foretold:
-    """Costs by a table."""
+    """Costs by a table; ``folds`` where columns of images may be folded into channels."""
 
     table: Table
+    folds: bool = field(default=True, kw_only=True)
 
     def unit(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
         in_float = sum(self.table.float_cost(node, dims) for node in unit.nodes)
@@ -76,7 +77,7 @@ class Foretold:
         return self.table.float_cost(node, dims), self.table.dynamic_cost(node, dims)
 
     def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
-        found = folding(conv) if conv.op_type == "Conv" else None
+        found = folding(conv) if self.folds and conv.op_type == "Conv" else None
         return found if found is not None and is_small(conv, found) and gains(self.table, conv, found, dims) else None
 
     def quantize(self, elements: int) -> float:

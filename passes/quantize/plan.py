@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,13 +14,14 @@ from ...ir.affine import LEAST_SCALE, Affine, affine
 from ...ir.constants import constant_array, is_constant
 from ...ir.edit import Names
 from ...ir.kernels import Bounds
-from ...ir.match import Replacement, attribute, rule
+from ...ir.match import Replacement, Rule, attribute, rule
 from ...ir.opset import raise_opset
 from ...ir.scopes import Scope, scopes
 from ...ir.shapes import dims
-from ..base import Context
+from ..base import NOTHING, Context, Selection
 from ..pipeline import Pipeline
 from ..rewrite import Tape, rewrite
+from ..selection import left_out
 from .float_operators import attributes
 from .insertion import Grids, clamp_scales
 from .placement import Costs, Sizes, place
@@ -33,8 +34,11 @@ _USUAL = 1  # the size of a dimension of which nothing is known
 Ranges = Mapping[ir.Value, tuple[float, float]]
 
 
-def prepare(model: ir.Model, ctx: Context) -> None:
-    """Bring a model into the form that is placed: inlined, of opset 13 or newer, cleaned."""
+def prepare(model: ir.Model, ctx: Context, only: Selection = NOTHING, keep: Selection = NOTHING) -> None:
+    """Bring a model into the form that is placed: inlined, of opset 13 or newer, cleaned.
+
+    Convolutions that ``keep`` names, or ``only`` does not, keep their weights.
+    """
     if model.functions:
         from onnx_ir.passes.common import InlinePass
 
@@ -51,7 +55,7 @@ def prepare(model: ir.Model, ctx: Context) -> None:
         for node in scope.graph:
             _type_body(node)
     own = ctx.for_step(ctx.step)
-    rewrite(model, [flat_bias, pooled_mean, factor_into_layer], own)
+    rewrite(model, [flat_bias, pooled_mean, factor_rule(only, keep)], own)
     ctx.ledger.changes += own.ledger.changes
     names = Names(model)
     for scope in scopes(model):
@@ -97,15 +101,33 @@ def pooled_mean(tape: Tape, node: ir.Node, x: ir.Value, rest: tuple[ir.Value | N
     return mean if attribute(node, "keepdims", 1) else tape.Flatten(mean, axis=1)  # type: ignore[no-any-return]
 
 
-@rule("layer @ Conv(Mul(x, factor), w, *rest)")
-def factor_into_layer(
+def factor_rule(only: Selection = NOTHING, keep: Selection = NOTHING, but: Collection[str | None] = ()) -> Rule:
+    """A number that an image is multiplied with goes into the weight of the convolution that reads it.
+
+    Not where ``keep`` names that convolution, or ``only`` does not, or ``but`` is told the name of the product.
+    """
+
+    def factor_into_layer(
+        tape: Tape, layer: ir.Node, x: ir.Value, factor: ir.Value, w: ir.Value, rest: tuple[ir.Value | None, ...]
+    ) -> Replacement:
+        product = layer.inputs[0].producer() if layer.inputs[0] is not None else None
+        if left_out(layer, only, keep) or w in keep or (product is not None and product.name in but):
+            return None
+        return _with_factor(tape, layer, x, factor, w, rest)
+
+    return rule("layer @ Conv(Mul(x, factor), w, *rest)")(factor_into_layer)
+
+
+def _with_factor(
     tape: Tape, layer: ir.Node, x: ir.Value, factor: ir.Value, w: ir.Value, rest: tuple[ir.Value | None, ...]
 ) -> Replacement:
-    """A number that an image is multiplied with goes into the weight of the convolution that reads it."""
     number, weight = constant_array(factor), constant_array(w)
     if number is None or number.size != 1 or weight is None or weight.dtype != np.float32 or len(w.uses()) > 1:
         return None
-    if number.ndim > weight.ndim or not np.isfinite(number).all() or not number.any() or not _is_image(x):
+    sizes = dims(x)
+    if number.ndim and (sizes is None or len(sizes) != weight.ndim or number.ndim > weight.ndim):
+        return None
+    if not np.isfinite(number).all() or not number.any() or not _is_image(x):
         return None
     scaled = (weight.astype(np.float64) * number.reshape(-1)[0]).astype(np.float32)
     if not np.isfinite(scaled).all():

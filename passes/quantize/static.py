@@ -82,7 +82,7 @@ class QuantizeStatic(Pass):
         """Raises ``NeedsData`` without data and ranges, ``BadFeeds`` for data that hold NaN or infinity."""
         known = known_shapes(model)
         names = [address for item, address in addresses(model).items() if isinstance(item, ir.Value)]
-        prepare(model, ctx)
+        prepare(model, ctx, self.only, self.keep)
         remember(model)
         if self.activations.endswith("16") and next(scopes(model)).version < 21:
             raise_opset(model, 21)
@@ -105,7 +105,8 @@ class QuantizeStatic(Pass):
         ctx.ledger.changes += own.ledger.changes
         ctx.ledger.skips += [skip for skip in own.ledger.skips if skip.subject in constants]  # not what was made here
         if self.target != "any":
-            fold(model, ctx, lambda conv: costs.folding(conv, sizes))
+            mine = {unit.node for _, units in chosen for unit in units}
+            fold(model, ctx, lambda conv: costs.folding(conv, sizes) if conv in mine else None)
             turn_pixels(model, ctx)
         forget_shapes(model, known)
         write_times(costs, ctx)

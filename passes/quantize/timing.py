@@ -27,6 +27,7 @@ from ..timed import TIMED, Times, read_times, rounded
 from . import timing_nets as nets
 from .columns import Folding
 from .costs import DYNAMIC, Table, Target
+from .fold_columns import foldable
 from .insertion import Grids
 from .placement import Costs, Foretold, Sizes
 from .timing_nets import Pair, Part, Untimed
@@ -63,7 +64,7 @@ def costs_by(timing: Timing, decisions: str | None, target: Target, grids: Grids
         return Measured(
             table, grids, None, read_times(decisions, ctx.step, *_FORMS), place=printable(path_text(decisions))
         )
-    return Measured(table, grids, ctx.runner) if timing == "measure" else Foretold(table)
+    return Measured(table, grids, ctx.runner) if timing == "measure" else Foretold(table, folds=foldable(grids))
 
 
 def write_times(costs: Costs, ctx: Context) -> None:
@@ -110,7 +111,7 @@ class Measured:
 
     def folding(self, conv: ir.Node, dims: Sizes) -> Folding | None:
         """By the table: its time is measured as that says."""
-        return Foretold(self.table).folding(conv, dims)
+        return Foretold(self.table, folds=foldable(self.grids)).folding(conv, dims)
 
     def quantize(self, elements: int) -> float:
         return self._crossings.quantize_cost(elements)
@@ -131,7 +132,7 @@ class Measured:
         return f"{self.grids.activations.dtype.name} x {self.grids.weights.dtype.name}".lower()
 
     def _told(self, unit: Unit, dims: Sizes) -> tuple[float, float]:
-        return Foretold(self.table).unit(unit, dims)
+        return Foretold(self.table, folds=foldable(self.grids)).unit(unit, dims)
 
     @functools.cached_property
     def _crossings(self) -> Table:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from ...ir.address import addresses
 from ...ir.affine import S8, S8_7BIT, U8, Grid
 from ...ir.constants import constant_tensor
 from ...ir.edit import Names
@@ -117,7 +118,8 @@ def treat(model: ir.Model, choice: Choice, observed: Observed, grids: Grids, cos
     QuantizeWeights(keep=_named([*by[Treatment.HALF], *by[Treatment.FLOAT]])).run(work, ctx)
     if choice.mended:
         _mend(work, observed.samples, ctx)
-    fold(work, ctx, lambda conv: costs.folding(conv, sizes))
+    places = addresses(work)
+    fold(work, ctx, lambda conv: costs.folding(conv, sizes) if places.get(conv) in static else None)
     turn_pixels(work, ctx)
     return Treated(work, static, dynamic, cost, ctx.ledger)
 
