@@ -72,7 +72,12 @@ class Layer:
         for value in outside:
             value.type = ir.TensorType(ir.DataType.FLOAT)
         graph = ir.Graph(
-            [self.x], [y, *outside], nodes=self.tape.nodes, initializers=self.constants, opset_imports={"": 17}
+            [self.x],
+            [y, *outside],
+            nodes=self.tape.nodes,
+            initializers=self.constants,
+            opset_imports={"": 17},
+            name="layer",
         )
         self.model = ir.Model(graph, ir_version=8)
         Pipeline.of("unify-names").run(self.model)
@@ -322,7 +327,7 @@ def test_two_layers_of_one_name_in_two_branches() -> None:
         branches.append(body)
     y = tape.op("If", [which], attributes={"then_branch": branches[0], "else_branch": branches[1]})
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([which, image], [y], nodes=tape.nodes, opset_imports={"": 17})
+    graph = ir.Graph([which, image], [y], nodes=tape.nodes, opset_imports={"": 17}, name="branches")
     model = ir.Model(graph, ir_version=8)
     Pipeline.of("unify-names,infer-shapes").run(model)
     for body in branches:
