@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SECONDS = 2.5  # the clock's budget for each model
 ROUNDS = (5, 1000)  # fewest, and most, whatever the budget
 LOADS = 5  # sessions opened at most for the load time
-_SAMPLE_SECONDS = 2e-3  # of a turn: small models run many times in it, or it would time how caches are filled
+_TURN_SECONDS = 2e-3  # small models run several times in a turn, for at first each fills the caches anew
 _FEEDS = 4  # runs of the data that are timed, in turn
 
 Feed = Mapping[str, Any]
@@ -178,15 +178,20 @@ def median_seconds(
     return [float(median) for median in np.median(clocks.cpu if threads == 1 else clocks.wall, axis=1)]
 
 
-def interleave(sessions: Sequence[InferenceSession], runs: Sequence[Feed], *, seconds: float) -> Clocks:
-    """Run the sessions in turn on the same feeds, forwards and backwards by turns, for about ``seconds``."""
+def interleave(
+    sessions: Sequence[InferenceSession], runs: Sequence[Feed], *, seconds: float, turn: float = _TURN_SECONDS
+) -> Clocks:
+    """Run the sessions in turn on the same feeds, forwards and backwards by turns, for about ``seconds``.
+
+    Each turn is one run, or as many as the quickest model makes in ``turn`` seconds.
+    """
     calls = [[bare_run(session, feed) for feed in runs] for session in sessions]
     started = time.perf_counter()
     try:
         quickest = min(min(_timed(call, 1)[0] for _ in range(2)) for (call, *_) in calls)
     except Exception as error:
         raise DoesNotRun(f"A model fails while it is timed: {error}") from error
-    repeats = math.ceil(min(1000.0, _SAMPLE_SECONDS / max(quickest, 1e-7)))
+    repeats = max(1, math.ceil(min(1000.0, turn / max(quickest, 1e-7))))
     rounds: list[list[tuple[float, float]]] = []
     for number in itertools.count():
         spent = time.perf_counter() - started

@@ -3,11 +3,11 @@
     python -m tests.benchmarks.int8 [--only NAME ...] [--tools NAME ...] [--nncf-python PYTHON] [--data FOLDER]
 
 Each tool runs in a process of its own. The metric is that of data that no tool has seen. Latency is the median ratio
-of CPU time to the float model's at one thread, interleaved, for one sample a run and, where samples are of one shape,
-for 64; ``ms`` is that of one sample. Bytes are of the files without exporter's metadata, on both sides. CPU seconds and
-peak memory are what quantizing took, over what importing the tool took; those of penjing contain its checks. ``+``
-stands beside what meets its bar, ``MISS`` beside what does not. Further passes can be named as tools:
-``--tools 'quantize-static{calibrator=mse}'``.
+of CPU time to the float model's at one thread, interleaved by turns of ``--turn`` seconds, for one sample a run and,
+where samples are of one shape, for 64; ``ms`` is that of one sample. Bytes are of the files without exporter's
+metadata, on both sides. CPU seconds and peak memory are what quantizing took, over what importing the tool took; those
+of penjing contain its checks. ``+`` stands beside what meets its bar, ``MISS`` beside what does not. Further passes can
+be named as tools: ``--tools 'quantize-static{calibrator=mse}'``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .real.apart import Made, quantize
 from .real.tools import NAMES
 
 SECONDS = 2.0  # of the clock, for each model
+TURN = 0.02  # seconds: so a small model mostly finds the caches as it left them, as where it runs by itself
 _FEEDS = 4  # samples that are timed, in turn
 
 
@@ -67,17 +68,18 @@ def judge(case: cases.Case, tools: list[str], arguments: argparse.Namespace) -> 
         sound = [row for row in rows if row.made.error is None]
         for row in sound:
             row.size = stripped_bytes(row.made.path)
-        _time(sound, case)
+        _time(sound, case, arguments.turn)
         return rows
 
 
-def _time(rows: list[Row], case: cases.Case) -> None:
+def _time(rows: list[Row], case: cases.Case, turn: float) -> None:
     runs = {1: case.feeds(_FEEDS)}
     if case.calibration.is_file():
         batch = case.feeds(BATCH)
         runs[BATCH] = [{name: np.concatenate([feed[name] for feed in batch]) for name in batch[0]}]
     for count, feeds in runs.items():
-        clocks = interleave([open_session(row.made.path) for row in rows], feeds, seconds=SECONDS * len(rows))
+        sessions = [open_session(row.made.path) for row in rows]
+        clocks = interleave(sessions, feeds, seconds=SECONDS * len(rows), turn=turn)
         for row, cpu in zip(rows, clocks.cpu, strict=True):
             row.latency[count] = float(np.median(cpu / clocks.cpu[0]))
             row.milliseconds = 1e3 * float(np.median(cpu)) if count == 1 else row.milliseconds
@@ -149,6 +151,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--nncf-python", metavar="PYTHON", help="an interpreter whose environment has nncf")
     parser.add_argument("--data", default=cases.FOLDER, metavar="FOLDER", help="where the data are made and kept")
+    parser.add_argument("--turn", type=float, default=TURN, metavar="SECONDS", help="each model's; 0 is run by run")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for each tool and model")
     parser.add_argument("--memory", type=float, default=8, metavar="GB", help="for each tool and model")
     arguments = parser.parse_args()
