@@ -2,9 +2,10 @@
 
 A first convolution reads one to three channels. ONNX Runtime's quick integer kernel takes channels by fours; for others
 it copies each window of the image out and keeps sums of 32 bits. Where ``factor`` columns next to each other become the
-channels of one, those are enough; as many columns of the result are then computed together, by copies of the weights
-that stand ``stride`` columns apart, with zeros beside them (a SpaceToDepth, as TResNet begins with, of columns alone:
-Ridnik et al. 2020, arXiv 2003.13630). With channels last in memory both are nothing but another shape.
+channels of one block, those are enough. The columns of the result that lie in a block are then computed together, by
+copies of the weights that stand ``stride`` columns apart, with zeros beside them (a SpaceToDepth, as TResNet begins
+with, of columns alone: Ridnik et al. 2020, arXiv 2003.13630). With channels last in memory both are nothing but another
+shape.
 """
 
 from __future__ import annotations
