@@ -235,14 +235,15 @@ def test_every_way_of_sliding_over_an_image() -> None:
 def test_the_text_of_a_folding_reads_back() -> None:
     how = Folding(0, 224, 4, 2, 1, 7, 3, 3, 2, 2)
     assert Folding.parse(str(how)) == how
-    for text in (
-        "",
-        "1 2 3",
-        "224 4 2 1 7 3 3 2 -2",
-        "224 4 3 1 7 3 3 2 2",
-        "222 4 2 1 7 3 3 2 2",
-        "224 0 2 1 7 3 3 2 2",
-    ):
+    wrong = (
+        "0 224 4 2 1 7 3 3 2 -2",
+        "0 224 4 3 1 7 3 3 2 2",  # the stride does not divide the columns of a block
+        "0 222 4 2 1 7 3 3 2 2",  # nor these the image
+        "0 224 0 2 1 7 3 3 2 2",
+        "0 224 4 0 1 7 3 3 2 2",
+        "0 224 4 2 1 0 3 3 2 2",
+    )
+    for text in ("", "1 2 3", str(how) + " 1", *wrong):
         assert Folding.parse(text) is None
 
 
